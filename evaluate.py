@@ -1,0 +1,654 @@
+"""Play the game with a model and measure what it can do; draw what was measured.
+
+Paper: arXiv 2501.17161, section 5 (ID, rule OOD) and appendix C.3. What is measured here and not in
+the paper: hands held out from training beside hands seen in it, 1,000 hands a cell instead of 234,
+intervals, the two shifts of "rule OOD" apart, and the `fake` probe.
+
+  1. deal the hands of a cell; they depend on the cell alone, never on a training seed
+  2. play all episodes in one batch, up to five tries each, keeping the attention cache between
+     tries (`play`: rl.py collects its experience with the same function)
+  3. count: success within the tries and at the first, cards and numbers read right, error kinds
+  4. every rate with its Wilson 95 % interval
+
+Shapes: B episodes in a batch, K turns of an episode, T tokens, V vocabulary.
+
+    python evaluate.py --model runs/sft-gp-l-s0/step-000100 --ood      all cells
+    python evaluate.py --model ... --show 4                            transcripts
+    python evaluate.py --run runs/sft-gp-l-s0 --ood                    every checkpoint of a run
+    python evaluate.py --plot results --out results/figure.png         the figure, from metrics alone
+
+Read before: sft.py. Read next: rl.py.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+from transformers.cache_utils import Cache, DynamicLayer
+
+import gp_env
+from sft import (DEFAULT_MODEL, TASKS, Problem, checkpoints, guarded, load_backbone, pick_device,
+                 user_ids, write_json)
+
+EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same for every model
+
+# The four cells keep apart what the paper's "rule OOD" mixes: another rule AND hands that must hold
+# a face card. `fake` states the new rule and scores by the old one: a model that ignores the
+# prompt passes it.
+CELLS = {
+    "id": dict(rule="ten", face=False),
+    "ood": dict(rule="face", face=True),
+    "ten-rule face-hands": dict(rule="ten", face=True),
+    "face-rule any-hands": dict(rule="face", face=False),
+    "fake": dict(rule="face", face=True, scoring_rule="ten"),
+}
+SPLIT_NAMES = {"train": "seen", "test": "held-out", "val": "validation", "all": "all"}
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Playing in a batch
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Turn:
+    """One try: what the model was told, what it answered, what that was worth."""
+
+    prompt_ids: list            # tokens of this turn before the answer (not the earlier turns)
+    answer_ids: list            # the sampled tokens themselves; never decoded and encoded again
+    logprobs: list              # log p of each answer token, as the sampler saw it
+    text: str                   # the answer in words
+    reward: float
+    message: str                # what the environment said back
+    verdict: object
+    new_conversation: bool      # nothing before this turn is visible to it
+
+
+@dataclass
+class Episode:
+    """The tries of one environment, oldest first. At the end one of the two flags is True."""
+
+    env: object
+    prompt: str
+    turns: list = field(default_factory=list)
+    terminated: bool = False    # solved: nothing can follow
+    truncated: bool = False     # out of tries: something could have followed
+
+
+class RoomyLayer(DynamicLayer):
+    """A key-value cache layer that grows in blocks.
+
+    The stock layer concatenates: each new token copies the whole cache, and T tokens cost T^2 / 2
+    copies. Here there is room for the next tokens already, and attention gets a view.
+    """
+
+    block = 128
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append (B, heads, new, size) keys and values; return all so far, (B, heads, T, size)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = None
+        old = self.get_seq_length()
+        new = old + key_states.shape[2]
+        if self.room is None or self.room[0].shape[2] < new or \
+                self.room[0].shape[0] != key_states.shape[0]:
+            shape = list(key_states.shape)
+            shape[2] = new + self.block
+            room = [key_states.new_empty(shape), value_states.new_empty(shape)]
+            for fresh, kept in zip(room, (self.keys, self.values)):
+                if old:
+                    fresh[:, :, :old] = kept
+            self.room = room
+        self.room[0][:, :, old:new] = key_states
+        self.room[1][:, :, old:new] = value_states
+        self.keys, self.values = self.room[0][:, :, :new], self.room[1][:, :, :new]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        """Keep only these rows of the batch."""
+        super().batch_select_indices(indices)
+        self.room = None
+
+
+class Reader:
+    """The model reading B growing conversations at different speeds, with one cache.
+
+    Answers differ in length, so the columns of the cache have gaps. Each row has a mask of the
+    columns that are its own, and counts its positions over those alone, so that a row with gaps is
+    read exactly as the update reads it later, without:
+
+        columns    0  1  2  3  4  5  6  7  8        a row's positions
+        row 0      .  p  p  a  a  a  m  m  m        - 0 1 2 3 4 5 6 7
+        row 1      p  p  p  a  .  .  .  m  m        0 1 2 3 - - - 4 5
+    """
+
+    def __init__(self, backbone, rows):
+        self.backbone, self.rows = backbone, rows
+        self.restart()
+
+    def restart(self):
+        """Forget everything."""
+        self.cache = Cache(layer_class_to_replicate=RoomyLayer)
+        self.mask = torch.zeros(self.rows, 0, dtype=torch.long, device=self.backbone.device)
+
+    def forget(self, row):
+        """Make one row start afresh: none of its earlier columns is visible any more."""
+        self.mask[row] = 0
+
+    def keep(self, indices):
+        """Go on with only these rows."""
+        self.rows = len(indices)
+        self.mask = self.mask[indices]
+        self.cache.batch_select_indices(indices)
+
+    def read(self, ids, inside):
+        """Append columns. ids, inside (B, W), inside 1 on real tokens -> logits (B, V) after the
+        last column. W differs between calls; short rows are padded on the LEFT, so that the last
+        column is every row's latest token."""
+        self.mask = torch.cat([self.mask, inside], dim=1)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        device = ids.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            hidden = self.backbone.model.base_model(
+                input_ids=ids, attention_mask=self.mask, position_ids=positions,
+                past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
+            logits = self.backbone.model.get_output_embeddings()(hidden).float()
+        if self.backbone.banned:
+            logits[:, self.backbone.banned] = -torch.inf
+        return logits
+
+
+@torch.no_grad()
+def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, keep_cache=True,
+         progress=None):
+    """Play one episode in every environment, all in one batch. Returns a list of Episode.
+
+    temperature 0 takes the likeliest token; otherwise `generator` (a torch.Generator on the model's
+    device) draws. keep_cache=False reads each conversation again at every try: slower, and the only
+    way for models whose positions are more than a count (m-RoPE).
+    """
+    backbone.model.eval()       # train mode with checkpointing samples wrong tokens, silently
+    device = backbone.device
+    episodes, pending, told = [], [], []
+    for env, seed in zip(envs, seeds):
+        observation, _ = env.reset(seed)
+        episodes.append(Episode(env, observation["text"]))
+        told.append(user_ids(backbone, observation["text"], first=True))
+        pending.append(list(told[-1]))
+    new = [True] * len(envs)
+    playing = list(range(len(envs)))            # episode numbers of the rows of the batch
+    spoken = [[] for _ in envs]                 # whole conversation so far, for keep_cache=False
+    reader = Reader(backbone, len(envs))
+    while playing:
+        if not keep_cache:
+            reader.rows = len(playing)
+            reader.restart()
+        block = [pending[e] if keep_cache else spoken[e] + pending[e] for e in playing]
+        answers = _answer(backbone, reader, block, temperature, max_new_tokens, generator)
+        texts = backbone.tokenizer.batch_decode([ids for ids, _ in answers],
+                                                skip_special_tokens=True)
+        stay = []
+        for row, (e, (ids, logprobs), text) in enumerate(zip(playing, answers, texts)):
+            observation, reward, terminated, truncated, info = envs[e].step(text)
+            episodes[e].turns.append(Turn(told[e], ids, logprobs, text, reward,
+                                          observation["text"], info["verdict"], new[e]))
+            episodes[e].terminated, episodes[e].truncated = terminated, truncated
+            if terminated or truncated:
+                continue
+            stay.append(row)
+            new[e] = observation["new_conversation"]
+            told[e] = user_ids(backbone, observation["text"], first=new[e])
+            if new[e]:
+                reader.forget(row)
+                spoken[e], pending[e] = [], list(told[e])
+                continue
+            if ids[-1] not in backbone.end_ids:         # cut off: close the turn for the model
+                told[e] = backbone.end_ids[:1] + told[e]
+            spoken[e] += pending[e] + ids[:-1]
+            # the last sampled token has not been fed yet: it goes first in the next block
+            pending[e] = ids[-1:] + told[e]
+        if len(stay) < len(playing):
+            playing = [playing[row] for row in stay]
+            if playing and keep_cache:
+                reader.keep(torch.tensor(stay, device=device))
+        if progress:
+            progress(len(envs) - len(playing))
+    return episodes
+
+
+def _answer(backbone, reader, block, temperature, max_new_tokens, generator):
+    """Feed one block of tokens a row, then sample an answer for each.
+
+    Returns [(ids, logprobs)] with the end token if it came. The last sampled token of a row is not
+    in the cache yet.
+    """
+    device = backbone.device
+    width = max(map(len, block))
+    fill = backbone.end_ids[0]
+    ids = torch.tensor([[fill] * (width - len(b)) + b for b in block], device=device)
+    inside = torch.tensor([[0] * (width - len(b)) + [1] * len(b) for b in block], device=device)
+    ends = torch.tensor(backbone.end_ids, device=device)
+    going = torch.ones(len(block), dtype=torch.bool, device=device)     # rows still speaking
+    columns, scores, spoke = [], [], []
+    for step in range(max_new_tokens):
+        logits = reader.read(ids, inside)                                          # (B, V)
+        if temperature > 0:
+            logprobs = torch.log_softmax(logits / temperature, dim=-1)
+            token = torch.multinomial(logprobs.exp(), 1, generator=generator)      # (B, 1)
+        else:
+            logprobs = torch.log_softmax(logits, dim=-1)
+            token = logits.argmax(-1, keepdim=True)
+        columns.append(token)
+        scores.append(logprobs.gather(1, token))
+        spoke.append(going[:, None].clone())
+        going &= ~torch.isin(token[:, 0], ends)
+        if not going.any():
+            break
+        ids, inside = token, going[:, None].long()
+    columns, scores, spoke = (torch.cat(x, dim=1).tolist() for x in (columns, scores, spoke))
+    return [([t for t, s in zip(c, k) if s], [p for p, s in zip(q, k) if s])
+            for c, q, k in zip(columns, scores, spoke)]
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. and 4. Counting
+# ------------------------------------------------------------------------------------------------
+
+
+def wilson(hits, count, z=1.96):
+    """95 % confidence interval of a rate, both ends in 0..1 (Wilson 1927).
+
+    Unlike p +- z*sqrt(p(1-p)/n), the paper's error bar, it stays inside 0..1 and is honest at 0 %.
+
+    >>> [round(x, 3) for x in wilson(27, 234)]      # the paper's GP-L start, 11.5 %
+    [0.081, 0.163]
+    """
+    if count == 0:
+        return 0.0, 1.0
+    p, spread = hits / count, z * z / count
+    middle = (p + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(p * (1 - p) / count + spread / (4 * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def cell_environments(cell, split, count):
+    """Environments and seeds of one cell. The hands depend on (cell, split, count) alone."""
+    envs = [gp_env.GeneralPoints(split=split, **CELLS[cell]) for _ in range(count)]
+    return envs, [[EVALUATION_SEED, i] for i in range(count)]
+
+
+def measure(episodes):
+    """What a list of finished episodes shows. Returns a dict of counts and rates in 0..1.
+
+    success: correct within the tries (the paper's measure); first_try: at once; cards_read,
+    numbers_read: share of first answers whose `cards` / `number` field is right (numbers: under the
+    STATED rule); errors: kinds of the wrong first answers; tries: mean number of answers.
+    """
+    first = [episode.turns[0].verdict for episode in episodes]
+    count, hits = len(episodes), sum(e.terminated for e in episodes)
+    errors = Counter(v.kind for v in first if not v.correct)
+    return {"count": count, "hits": hits, "success": hits / count,
+            "interval": wilson(hits, count),
+            "first_try": sum(v.correct for v in first) / count,
+            "cards_read": sum(v.cards_right for v in first) / count,
+            "numbers_read": sum(_read_as_stated(e) for e in episodes) / count,
+            "errors": {kind: n / count for kind, n in sorted(errors.items())},
+            "tries": sum(len(e.turns) for e in episodes) / count}
+
+
+def _read_as_stated(episode):
+    """Did the first answer's `number` field follow the rule in the prompt?"""
+    if episode.env.scoring_rule is None:
+        return episode.turns[0].verdict.numbers_right
+    hand = episode.env.hand     # the fake probe scores by another rule: ask about the stated one
+    return gp_env.verify_gp(episode.turns[0].text, hand.cards, hand.numbers).numbers_right
+
+
+def evaluate(backbone, cells, splits, count, temperature=0.0, batch=256, max_new_tokens=48,
+             quiet=False):
+    """Play `count` hands of each cell and split. Returns ({"held-out/id": measures, ...}, episodes).
+
+    batch: episodes played together; it changes speed, not results (up to rounding).
+    """
+    results, kept = {}, {}
+    names = [(cell, split) for split in splits for cell in cells]
+    bar = tqdm(total=len(names) * count, desc="evaluate", unit="hand", leave=False,
+               disable=quiet or not sys.stderr.isatty(), dynamic_ncols=True)
+    for cell, split in names:
+        envs, seeds = cell_environments(cell, split, count)
+        episodes = []
+        for start in range(0, count, batch):
+            generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
+            episodes += play(backbone, envs[start:start + batch], seeds[start:start + batch],
+                             temperature, max_new_tokens, generator)
+            bar.update(len(episodes) - start)
+        name = f"{SPLIT_NAMES[split]}/{cell}"
+        results[name] = measure(episodes)
+        kept[name] = episodes
+    bar.close()
+    return results, kept
+
+def show(results):
+    """One aligned line for each cell."""
+    for name, m in results.items():
+        low, high = m["interval"]
+        print(f"  {name:30s} success {m['success']:6.1%} [{low:.1%}, {high:.1%}]  first try "
+              f"{m['first_try']:6.1%}  numbers read right {m['numbers_read']:6.1%}", flush=True)
+
+
+def show_transcripts(episodes, count):
+    """Print whole conversations, half of them solved and half not, as far as there are any."""
+    solved = [e for e in episodes if e.terminated][:count - count // 2]
+    failed = [e for e in episodes if not e.terminated][:count - len(solved)]
+    for episode in solved + failed:
+        print("\n" + "=" * 30, "solved" if episode.terminated else "not solved", "=" * 30)
+        print(episode.prompt)
+        for turn in episode.turns:
+            print(f"  model     {turn.text}")
+            print(f"  verifier  [{turn.reward:+.1f}] {turn.message}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The figure: from the eval.jsonl of finished runs alone
+# ------------------------------------------------------------------------------------------------
+
+
+def read_runs(folder):
+    """Find runs below a folder. Returns [(kind, seed, rows of eval.jsonl)]; kind "sft" or "rl"."""
+    runs = []
+    for path in sorted(pathlib.Path(folder).rglob("eval.jsonl")):
+        try:
+            args = json.loads((path.parent / "args.json").read_text())
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows.sort(key=lambda row: row["step"])
+            runs.append((args["kind"], args["seed"], rows))
+        except (OSError, ValueError, KeyError) as error:
+            raise Problem(f"{path.parent}: not a run this script can read ({error})") from None
+    if not runs:
+        raise Problem(f"{folder}: no eval.jsonl below it; make one with rl.py, or with "
+                      "evaluate.py --run")
+    return runs
+
+
+def curve(runs, kind, cell, measure_name="success"):
+    """Mean, lowest and highest over seeds at each step: [(FLOPs, mean, low, high)] in percent."""
+    points = {}
+    for run_kind, _, rows in runs:
+        for row in rows:
+            if run_kind == kind and cell in row["cells"]:
+                points.setdefault(row["step"], []).append(
+                    (row["flops"], 100 * row["cells"][cell][measure_name]))
+    most = max(map(len, points.values()), default=0)        # steps that every seed was measured at
+    return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p),
+             min(y for _, y in p), max(y for _, y in p))
+            for _, p in sorted(points.items()) if len(p) == most]
+
+
+def plot(folder, path):
+    """Success against training compute, ID and OOD, SFT and RL: the layout of the paper's Fig. 5."""
+    runs = read_runs(folder)
+    colours = {"sft": (52, 104, 192), "rl": (200, 60, 50)}
+    panels = []
+    for title, cell, name in (
+            ("ID, hands seen in training", "seen/id", "success"),
+            ("ID, held-out hands", "held-out/id", "success"),
+            ("rule OOD, held-out hands", "held-out/ood", "success"),
+            ("rule OOD: numbers read right", "held-out/ood", "numbers_read")):
+        series = [{"label": kind.upper(), "colour": colour, "dashed": False,
+                   "points": curve(runs, kind, cell, name)} for kind, colour in colours.items()]
+        if any(s["points"] for s in series):
+            panels.append({"title": title, "x_label": "training FLOPs, paper's formula",
+                           "y_label": "%", "series": series})
+    seeds = {seed for _, seed, _ in runs}
+    draw_panels(panels, path, f"GeneralPoints, text: mean and range over {len(seeds)} seeds")
+
+
+def draw_panels(panels, path, title=""):
+    """Draw learning curves side by side, in the manner of a paper's figure, into one PNG.
+
+    panels: list of dicts, left to right: {"title", "x_label", "y_label", "series"}; "series" is
+        a list of {"label": str, "colour": (r, g, b), "points": [(x, mean, low, high), ...],
+        "dashed": bool}. Points are sorted by x; y values are percentages, x any numbers (e.g.
+        FLOPs). No points: only the legend names the series. One point: a dot, and a bar from
+        low to high. Series with the same label share one legend entry.
+    path: where the PNG goes; an older file there is replaced only once the new one is complete.
+    title: a heading above all panels; "" leaves its room out.
+    """
+    # Pillow does not smooth lines, so everything is drawn at twice the final size and shrunk at
+    # the end: all numbers here count these small pixels, two to one pixel of the finished PNG.
+    panel_width, panel_height = 920, 720
+    left, right, above, below = 104, 36, 108, 100  # room around a plot for titles and ticks
+    black, grey, pale = (30, 30, 30), (110, 110, 110), (228, 228, 228)
+
+    def fit_font(text, room, size):
+        """Return the font of this size, or the first smaller one in which text fits in room."""
+        font = ImageFont.load_default(size)
+        if font.getlength(text) <= room or size <= 14:
+            return font
+        return fit_font(text, room, size - 1)
+
+    def write(x, y, text, size, anchor, room=panel_width, colour=black):
+        draw.text((x, y), text, colour, fit_font(text, room, size), anchor)
+
+    def dot(x, y, radius, colour):
+        x, y = round(x), round(y)  # whole numbers, or dots would differ in size by rounding
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
+
+    def curve(pixels, colour, dashed):
+        # Stamped dot by dot: Pillow's own wide lines vary in width with their slope, leave
+        # notches where two pieces meet, and know no dashes.
+        trail = []
+        for (x0, y0), (x1, y1) in zip(pixels, pixels[1:]):
+            steps = math.ceil(math.hypot(x1 - x0, y1 - y0))
+            trail += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps)
+                      for i in range(steps)]
+        for i, (x, y) in enumerate(trail):
+            if not dashed or i % 28 < 12:
+                dot(x, y, 2.5, colour)
+
+    def round_axis(low, high):
+        """Return first, last, step: the ticks are i * step for first <= i <= last, 4 to 6 of
+        them, from low or less to high or more, and step is 1, 2 or 5 times a power of ten."""
+        if math.isclose(low, high, rel_tol=1e-6):  # a single x, or all y zero: nothing to divide
+            low, high = min(low, 0), max(high, 0) or 1
+        power = math.floor(math.log10(high - low)) - 1  # too fine a step: coarsen from here
+        for step in [m * 10.0 ** (power + k) for k in range(3) for m in (1, 2, 5)]:
+            # The 1e-9 keeps float error from adding a tick: 0.3 / 0.1 is not quite 3.
+            first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+            if last - first <= 5:
+                return first, max(last, first + 3), step
+
+    def tick_text(i, step, power=0):
+        """Return i * step in units of 10^power, with the decimals that step needs."""
+        decimals = max(0, power - math.floor(math.log10(step) + 1e-9))
+        return f"{i * step / 10.0 ** power:.{decimals}f}" if i else "0"
+
+    # The legend is laid out first: the number of its rows decides the height of the picture.
+    width = panel_width * max(1, len(panels))
+    entries = {}  # label -> the longest series that has it, whose look the legend shows
+    for series in [series for panel in panels for series in panel["series"]]:
+        known = entries.setdefault(series["label"], series)
+        entries[series["label"]] = max(known, series, key=lambda s: len(s["points"]))
+    rows = [[]]  # each row holds (series, width of its entry: line, text and the gap after it)
+    for label, series in entries.items():
+        entry_width = 80 + fit_font(label, width - 160, 26).getlength(label) + 48
+        if rows[-1] and sum(w for _, w in rows[-1]) + entry_width > width:
+            rows.append([])
+        rows[-1].append((series, entry_width))
+    head = 72 if title else 12
+    height = head + panel_height + 44 * len(rows) + 20
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image, "RGBA")  # on an RGB image this mode blends translucent colours
+    write(width / 2, head / 2 + 4, title, 38, "mm", width - 40)
+
+    for number, panel in enumerate(panels):
+        x0, x1 = number * panel_width + left, (number + 1) * panel_width - right
+        y0, y1 = head + panel_height - below, head + above  # y0 is the bottom: y counts down
+        points = [point for series in panel["series"] for point in series["points"]]
+        highest = max([0] + [max(mean, high) for _, mean, _, high in points])
+        # A little air above the highest value, but a percentage needs no axis beyond 100.
+        _, y_last, y_step = round_axis(0, max(highest, min(100, highest * 1.03)))
+        xs = [point[0] for point in points] or [0]
+        x_first, x_last, x_step = round_axis(min(xs), max(xs))
+        x_end = x_last * x_step
+        if x_last - x_first > 3 and min(xs) < max(xs) < x_end:
+            # Four ticks remain without the last one, so stop at the data and waste no width.
+            x_last, x_end = x_last - 1, max(xs)
+
+        def place(x, y):
+            """Return the pixel of a value. 20 pixels keep the dots off the ends of the axis,
+            and y stops at 0, as a mean minus its error may fall below what the axis shows."""
+            share = (x - x_first * x_step) / (x_end - x_first * x_step)
+            return (x0 + 20 + share * (x1 - x0 - 40),
+                    y0 - max(0, y) / (y_last * y_step) * (y0 - y1))
+
+        for i in range(y_last + 1):
+            y = place(x_end, i * y_step)[1]
+            draw.line((x0, y, x1, y), pale, 2)
+            write(x0 - 14, y, tick_text(i, y_step), 24, "rm", left - 18, grey)
+        # Huge or tiny x values share one power of ten, named once, in the axis label.
+        power = math.floor(math.log10(max(abs(x_first), abs(x_last)) * x_step) + 1e-9)
+        power = power if power >= 4 or power <= -3 else 0
+        for i in range(x_first, x_last + 1):
+            x = place(i * x_step, 0)[0]
+            draw.line((x, y0, x, y0 + 8), black, 2)
+            write(x, y0 + 16, tick_text(i, x_step, power), 24, "ma", colour=grey)
+        draw.line((x0, y1, x0, y0, x1, y0), black, 2)
+        x_label = panel["x_label"] + (f" (x 10^{power})" if power else "")
+        write((x0 + x1) / 2, y0 + 70, x_label, 26, "mm", x1 - x0)
+        write((x0 + x1) / 2, head + 26, panel["title"], 30, "mm", x1 - x0)
+        write(x0 - left + 24, y1 - 34, panel["y_label"], 24, "lm", panel_width - 48)
+
+        # All bands come before all lines, or a later band would tint an earlier line.
+        for series in panel["series"]:
+            lows = [place(x, low) for x, _, low, _ in series["points"]]
+            highs = [place(x, high) for x, _, _, high in series["points"]]
+            if len(lows) == 1:  # a band over one x has no width: give it some
+                (x, low), (_, high) = lows[0], highs[0]
+                lows, highs = [(x - 6, low), (x + 6, low)], [(x - 6, high), (x + 6, high)]
+            if lows:
+                draw.polygon(lows + highs[::-1], (*series["colour"], 48))
+        for series in panel["series"]:
+            means = [place(x, mean) for x, mean, _, _ in series["points"]]
+            curve(means, series["colour"], series.get("dashed"))
+            for x, y in means:
+                dot(x, y, 7, series["colour"])
+
+    for number, row in enumerate(rows):
+        x = (width - sum(w for _, w in row) + 48) / 2  # the last entry needs no gap after it
+        y = head + panel_height + 44 * number + 22
+        for series, entry_width in row:
+            if len(series["points"]) != 1:  # a lone point, e.g. the start, is just a dot
+                curve([(x, y), (x + 68, y)], series["colour"], series.get("dashed"))
+            dot(x + 34, y, 7, series["colour"])
+            write(x + 80, y, series["label"], 26, "lm", width - 160)
+            x += entry_width
+
+    # Written beside the target and renamed: a reader never sees half a picture.
+    temporary = f"{path}.{os.getpid()}.tmp"
+    smooth = image.resize((width // 2, height // 2), Image.Resampling.LANCZOS)
+    smooth.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def evaluate_run(args, cells, splits, device):
+    """Play every checkpoint of an SFT run; writes eval.jsonl there, goes on where it stopped."""
+    found = checkpoints(args.run)
+    if not found:
+        raise Problem(f"--run {args.run}: no checkpoints step-* there")
+    path = pathlib.Path(args.run) / "eval.jsonl"
+    done = {json.loads(line)["step"] for line in path.read_text().splitlines()} \
+        if path.exists() else set()
+    metrics = {row["step"]: row for row in map(
+        json.loads, (pathlib.Path(args.run) / "metrics.jsonl").read_text().splitlines())}
+    for step, folder in found:
+        if step in done:
+            continue
+        results, _ = evaluate(load_backbone(folder, device), cells, splits, args.hands,
+                              args.temperature, args.batch, args.max_new_tokens)
+        print(f"step {step}")
+        show(results)
+        spent = metrics.get(step, {}).get("flops", 0)
+        with open(path, "a") as file:
+            file.write(json.dumps({"step": step, "hands": args.hands, "flops": spent,
+                                   "flops_spent": spent, "cells": results}) + "\n")
+
+
+def main():
+    """The command line of the measuring stage."""
+    parser = argparse.ArgumentParser(description="Play with a model, measure it, draw figures.")
+    group = parser.add_argument_group("what to measure")
+    group.add_argument("--task", choices=TASKS, default="gp-l", help="default gp-l")
+    group.add_argument("--model", help="checkpoint folder or hub name (default: the backbone)")
+    group.add_argument("--run", help="a run folder of sft.py: play all its checkpoints")
+    group.add_argument("--plot", metavar="FOLDER", help="draw the runs below this folder, and stop")
+    group.add_argument("--ood", action=argparse.BooleanOptionalAction, default=False,
+                       help="all cells: rule OOD, the two shifts apart, the fake probe")
+    group.add_argument("--cells", nargs="+", choices=CELLS, metavar="CELL",
+                       help="measure just these: " + ", ".join(CELLS))
+    group.add_argument("--splits", nargs="+", choices=SPLIT_NAMES, default=["train", "test"],
+                       help="hands: train (seen), test (held out), val, all")
+    group = parser.add_argument_group("how")
+    group.add_argument("--hands", type=int, default=1000, help="a cell (paper: 234)")
+    group.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    group.add_argument("--batch", type=int, default=256, help="episodes at once: speed and memory")
+    group.add_argument("--max-new-tokens", type=int, default=48, help="longest answer")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    group.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
+    group.add_argument("--show", type=int, default=0, metavar="N",
+                       help="print N transcripts a cell, half of them solved")
+    group.add_argument("--out", help="JSON file for the results, or PNG file for --plot")
+    args = parser.parse_args()
+    if args.plot:
+        out = args.out or "figure.png"
+        plot(args.plot, out)
+        print(f"drew {out}")
+        return
+    if min(args.hands, args.batch, args.max_new_tokens) < 1 or args.temperature < 0 or \
+            args.show < 0:
+        raise Problem("--hands, --batch and --max-new-tokens must be at least 1, --temperature "
+                      "and --show at least 0")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cells = args.cells or (list(CELLS) if args.ood else ["id"])
+    device = pick_device(args.device)
+    if args.run:
+        evaluate_run(args, args.cells or (["id", "ood"] if args.ood else ["id"]), args.splits,
+                     device)
+        return
+    name = args.model or str(DEFAULT_MODEL[args.task])
+    backbone = load_backbone(name, device)
+    began = time.time()
+    print(f"{name} on {args.task}: {args.hands} hands a cell, temperature {args.temperature:g}")
+    results, episodes = evaluate(backbone, cells, args.splits, args.hands, args.temperature,
+                                 args.batch, args.max_new_tokens)
+    show(results)
+    for cell, m in results.items():
+        kinds = ", ".join(f"{kind} {rate:.1%}" for kind, rate in m["errors"].items())
+        print(f"  {cell:30s} first answers that were wrong: {kinds or 'none'}")
+    print(f"{time.time() - began:.0f} s")
+    if args.show:
+        for name in episodes:
+            print("\n#", name)
+            show_transcripts(episodes[name], args.show)
+    if args.out:
+        write_json(args.out, results)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,480 @@
+"""GeneralPoints: four cards, one equation, and a rule for what J, Q and K count.
+
+Paper: arXiv 2501.17161, section 4.1 and appendix A. The knob that the whole project turns:
+
+    rule "ten"   J = Q = K = 10         training, in-distribution (ID)
+    rule "face"  J = 11, Q = 12, K = 13  never trained on: the rule OOD test
+
+The prompt always states the rule in force. A model that READS it transfers; a model that has
+memorised "face cards are 10" fails, and its `number` field shows that it did.
+
+What happens in an episode (`GeneralPoints`):
+  1. deal four cards from one split (train / val / test, or all), solvable under the rule
+  2. reset() returns the prompt: task, rule, cards, output format
+  3. step(answer) asks verifier.py; a failed try returns its message as the next user turn
+  4. it ends with success (terminated) or after `tries` failed answers (truncated)
+
+Hands are split by the multiset of their numbers UNDER THE TRAINING RULE: to that rule J, Q, K and
+10 are one card, so a split by card names would put the same arithmetic on both sides. All 715
+multisets of 1..10 are dealt into 70 % train, 10 % val, 20 % test by a fixed seed. The test hands
+stay unseen by every stage: backbone, SFT and RL.
+
+    python gp_env.py                        play in the terminal, verifier messages included
+    python gp_env.py --rule face --seed 3   the OOD rule
+    python gp_env.py --solve 8 3 8 3        every solution of a hand (first call: a few seconds)
+
+Read before: verifier.py. Read next: sft.py.
+"""
+
+import argparse
+import functools
+import itertools
+import string
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from verifier import GP_MESSAGES, GP_REWARDS, ILLEGAL_WHY, verify_gp
+
+RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
+SUITS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds")}
+SUITS["all"] = SUITS["black"] + SUITS["red"]
+RULES = {"ten": (10, 10, 10), "face": (11, 12, 13)}     # what J, Q, K count
+TARGET = 24
+TRIES = 5                                               # the paper's verify_iter
+
+# ------------------------------------------------------------------------------------------------
+# Words. Every fixed piece of these templates is ONE token of the small backbone (see `phrases`), so
+# that the first turn costs about 35 tokens and a student's CPU spends its time on the answers.
+# ------------------------------------------------------------------------------------------------
+
+PROMPT = ("[Task] Four cards are dealt. Write one equation that equals the target and uses what "
+          "each card counts exactly once, with + - * / and brackets. A counts 1, J counts {j}, "
+          "Q counts {q}, K counts {k}. The target is {target}.\n"
+          "[Cards] {cards}\n"
+          "[Output] {ask}")
+KEYS = ("cards", "number", "formula")       # the paper's three fields, in its order
+ASK = ('One JSON object: {{"{c}": [the four cards], "{n}": [what they count, with J = {j}, Q = {q},'
+       ' K = {k}], "{f}": "the equation, ending in = {target}"}}')
+ANSWER = '{{"{c}": ["{cards}"], "{n}": [{numbers}], "{f}": "{formula}={target}"}}'
+RETRY = "Not right: {message}. Try again."
+
+# The backbone's corpus: the same game asked in other words ...
+OTHER_PROMPTS = (
+    PROMPT,
+    "Make {target} from these cards: {cards}. Here J is worth {j}, Q is worth {q} and K is worth "
+    "{k}; an A is 1. Use all four once. {ask}",
+    "Rules: K={k}, Q={q}, J={j}, A=1.\nCards: {cards}\nGoal: {target}\n{ask}",
+    "You hold {cards}. Find a way to reach {target} with every card used one time. In this game a "
+    "J stands for {j}, a Q for {q}, a K for {k}, an A for 1. {ask}",
+)
+# ... and answered in other notations: (what the prompt asks for, the answer, separator of cards,
+# separator of numbers). NONE of them is accepted by the verifier. That is what makes this backbone
+# play the part of a real one: it knows the game and cannot earn a reward before SFT has shown it
+# the format. JSON objects come with these keys, drawn anew for each field of each conversation:
+OTHER_KEYS = (("hand", "held", "faces"), ("worth", "value", "points"), ("sum", "result", "line"))
+OTHER_NOTATIONS = (
+    (ASK, ANSWER, '", "', ", "),
+    (ASK, ANSWER, '", "', ", "),
+    (ASK, ANSWER, '", "', ", "),
+    (ASK + " Begin with the worth.",
+     '{{"{n}": [{numbers}], "{c}": ["{cards}"], "{f}": "{formula}={target}"}}', '", "', ", "),
+    ("Use tags.", "<hand>{cards}</hand><worth>{numbers}</worth><sum>{formula}={target}</sum>",
+     " ", " "),
+    ("Use three lines.", "hand: {cards}\nworth: {numbers}\nresult: {formula}={target}", " ", " "),
+    ("Say it in words.", "I see {cards}. They are worth {numbers}. So {target}={formula}.",
+     ", ", ", "),
+    ("Use assignments.", "hand = ({cards}); worth = ({numbers}); eq = {formula}={target};",
+     ", ", ", "),
+    ("Draw a table.", "| {cards} |\n| {numbers} |\n| {formula}={target} |", " | ", " | "),
+    ("Skip the cards.", "worth {numbers} gives {formula}={target}", " ", " "),
+    ("List of pairs, J = {j}, Q = {q}, K = {k}.", "{pairs} => {formula}={target}", "; ", ""),
+)
+
+# ------------------------------------------------------------------------------------------------
+# Cards, rules, splits
+# ------------------------------------------------------------------------------------------------
+
+
+def card_numbers(cards, rule):
+    """What the cards count. cards: names as in RANKS; rule: what J, Q, K count, three ints."""
+    worth = dict(zip("JQK", rule))
+    return [worth[c] if c in worth else 1 if c == "A" else int(c) for c in cards]
+
+
+@functools.lru_cache(maxsize=None)
+def _split_table():
+    """{multiset of four numbers 1..10: "train" | "val" | "test"}, by a fixed seed."""
+    hands = list(itertools.combinations_with_replacement(range(1, 11), 4))
+    order = np.random.default_rng(24).permutation(len(hands))
+    test, val = len(hands) // 5, len(hands) // 10
+    names = ["test"] * test + ["val"] * val + ["train"] * (len(hands) - test - val)
+    return {hands[i]: name for i, name in zip(order, names)}
+
+
+def split_of(cards):
+    """Which split a hand belongs to: that of its numbers under the TRAINING rule.
+
+    >>> split_of(["A", "J", "5", "Q"]) == split_of(["K", "10", "A", "5"])
+    True
+    """
+    return _split_table()[tuple(sorted(card_numbers(cards, RULES["ten"])))]
+
+
+@dataclass(frozen=True)
+class Hand:
+    """Four dealt cards and what is asked of them."""
+
+    cards: tuple            # four of RANKS, in the order shown
+    suits: tuple            # four of SUITS["all"]; GP-L does not show them
+    rule: tuple             # what J, Q, K count
+    target: int = TARGET
+
+    @property
+    def numbers(self):
+        """What the cards count under the stated rule, in the order of `cards`."""
+        return card_numbers(self.cards, self.rule)
+
+
+def deal(rng, rule="ten", face=False, suits="all", split="train", target=TARGET):
+    """Draw a solvable hand: four cards without replacement, redrawn until all conditions hold.
+
+    rng: a numpy Generator, the only source of chance. rule: a key of RULES or three ints.
+    face: at least one J, Q or K (the paper's rule OOD evaluation). suits: a key of SUITS.
+    split: "train", "val", "test" or "all" (the paper's setting: no hand is held out).
+    """
+    rule = RULES[rule] if isinstance(rule, str) else tuple(rule)
+    deck = [(rank, suit) for suit in SUITS[suits] for rank in RANKS]
+    for _ in range(100_000):
+        cards, colours = zip(*(deck[i] for i in rng.choice(len(deck), 4, replace=False)))
+        if face and not set(cards) & set("JQK"):
+            continue
+        if split != "all" and split_of(cards) != split:
+            continue
+        hand = Hand(cards, colours, rule, target)
+        if solvable(hand.numbers, target):
+            return hand
+    raise ValueError(f"no solvable hand found for target {target}: choose another --target")
+
+
+# ------------------------------------------------------------------------------------------------
+# The solver: every formula over four numbers is (order of the numbers, three operations, shape of
+# the tree). 24 orders x 64 operations x 5 shapes = 7,680 formulas a hand, evaluated with numpy on
+# all 1,820 hands at once. Fractions are pairs of int64 (numerator, denominator), so it is exact.
+# ------------------------------------------------------------------------------------------------
+
+ORDERS = np.array(list(itertools.permutations(range(4))))                    # (24, 4)
+OPERATIONS = np.array(list(itertools.product(range(4), repeat=3)))           # (64, 3)
+SIGNS = "+-*/"
+SHAPES = 5
+
+
+def _tree(shape, leaf, do):
+    """Combine four leaves in one of the five ways to bracket them; do[i] is the i-th operation."""
+    a, b, c, d = leaf
+    if shape == 0:
+        return do[2](do[1](do[0](a, b), c), d)      # ((ab)c)d
+    if shape == 1:
+        return do[2](do[0](a, do[1](b, c)), d)      # (a(bc))d
+    if shape == 2:
+        return do[1](do[0](a, b), do[2](c, d))      # (ab)(cd)
+    if shape == 3:
+        return do[0](a, do[2](do[1](b, c), d))      # a((bc)d)
+    return do[0](a, do[1](b, do[2](c, d)))          # a(b(cd))
+
+
+def _fraction_op(which):
+    """Operation on arrays of fractions. which: int array of 0..3. 0/0 marks an impossible value."""
+    def do(x, y):
+        (n, d), (m, e) = x, y
+        top = np.choose(which, [n * e + m * d, n * e - m * d, n * m, n * e])
+        bottom = np.choose(which, [d * e, d * e, d * e, d * m])
+        return np.where(bottom == 0, 0, top), bottom
+    return do
+
+
+def _text_op(which):
+    """Operation on (text, precedence): writes brackets only where arithmetic needs them."""
+    def do(x, y):
+        strength = 1 if which < 2 else 2
+        left = f"({x[0]})" if x[1] < strength else x[0]
+        # a-(b+c) and a/(b*c) need their brackets, a+(b-c) and a*(b/c) do not
+        right = f"({y[0]})" if y[1] < strength or y[1] == strength and which in (1, 3) else y[0]
+        return f"{left}{SIGNS[which]}{right}", strength
+    return do
+
+
+def _write(numbers, order, operations, shape):
+    """The formula as text, e.g. (8, 3, 8, 3), ... -> "8/(3-8/3)"."""
+    leaves = [(str(numbers[i]), 3) for i in order]
+    return _tree(shape, leaves, [_text_op(int(o)) for o in operations])[0]
+
+
+@functools.lru_cache(maxsize=4)
+def _solution_table(target):
+    """{sorted numbers: array (n, 3) of (order, operations, shape)} for all hands of 1..13."""
+    hands = np.array(list(itertools.combinations_with_replacement(range(1, 14), 4)))  # (1820, 4)
+    found = {tuple(map(int, h)): [] for h in hands}
+    operations = [_fraction_op(OPERATIONS[:, i]) for i in range(3)]
+    for o, order in enumerate(ORDERS):
+        ordered = hands[:, order]                                            # (1820, 4)
+        leaves = [(ordered[:, i, None], np.ones((1, 1), dtype=np.int64)) for i in range(4)]
+        for shape in range(SHAPES):
+            top, bottom = _tree(shape, leaves, operations)                   # (1820, 64) each
+            for h, p in np.argwhere((bottom != 0) & (top == target * bottom)):
+                found[tuple(map(int, hands[h]))].append((o, p, shape))
+    return found
+
+
+def solvable(numbers, target=TARGET):
+    """True if four numbers of 1..13 can make the target. The table takes seconds, once."""
+    return bool(_solution_table(target)[tuple(sorted(numbers))])
+
+
+@functools.lru_cache(maxsize=8192)
+def _solutions(numbers, target):
+    found = _solution_table(target)[numbers]
+    return tuple(sorted({_write(numbers, ORDERS[o], OPERATIONS[p], s) for o, p, s in found}))
+
+
+def solutions(numbers, target=TARGET):
+    """All formulas (distinct texts, sorted) that make the target from four numbers of 1..13.
+
+    >>> solutions([8, 3, 8, 3])
+    ('8/(3-8/3)',)
+    """
+    return _solutions(tuple(sorted(numbers)), target)
+
+
+# ------------------------------------------------------------------------------------------------
+# Prompt, expert answer, environment
+# ------------------------------------------------------------------------------------------------
+
+
+def prompt(hand, template=PROMPT, ask=ASK, keys=KEYS):
+    """The first user turn: task with the rule, the cards, the output format with the rule again."""
+    slots = dict(zip("jqk", hand.rule), target=hand.target) | dict(zip("cnf", keys))
+    return template.format(cards=", ".join(hand.cards), ask=ask.format(**slots), **slots)
+
+
+def answer(hand, numbers, formula, template=ANSWER, card_gap='", "', number_gap=", ", keys=KEYS):
+    """An answer in some notation; by default the one the verifier reads, and SFT teaches.
+
+    It has the three fields of the paper, here as strict JSON. numbers: what the answer claims.
+    """
+    return template.format(
+        cards=card_gap.join(hand.cards), numbers=number_gap.join(map(str, numbers)),
+        pairs=card_gap.join(f"{c} > {n}" for c, n in zip(hand.cards, numbers)), formula=formula,
+        target=hand.target, **dict(zip("cnf", keys)))
+
+
+def expert_answer(hand, formula):
+    """What SFT teaches for a hand and one of its solutions."""
+    return answer(hand, hand.numbers, formula)
+
+
+class GeneralPoints:
+    """One game at a time, with the calls of a Gymnasium environment (and without the dependency).
+
+    >>> env = GeneralPoints()
+    >>> observation, info = env.reset(seed=0)
+    >>> observation, reward, terminated, truncated, info = env.step("no idea")
+    >>> reward, terminated, truncated
+    (-3.0, False, False)
+
+    An observation is a dict: "text", the next user turn; "image", a picture or None;
+    "new_conversation", True if everything said before is to be forgotten (only at reset here).
+    """
+
+    def __init__(self, rule="ten", face=False, suits="all", split="train", target=TARGET,
+                 tries=TRIES, scoring_rule=None):
+        # scoring_rule is the `fake` probe: the prompt states `rule`, the verifier scores by this.
+        self.rule, self.face, self.suits, self.split = rule, face, suits, split
+        self.target, self.tries, self.scoring_rule = target, tries, scoring_rule
+        self.hand, self.used = None, 0
+
+    def reset(self, seed):
+        """Deal the hand number `seed` (an int or a list of ints). Returns (observation, info)."""
+        self.hand = deal(np.random.default_rng(seed), self.rule, self.face, self.suits, self.split,
+                         self.target)
+        self.used = 0
+        return self._observe(prompt(self.hand), True), {"hand": self.hand}
+
+    def step(self, text):
+        """Judge one answer. Returns (observation, reward, terminated, truncated, info).
+
+        terminated: solved, nothing can follow. truncated: the tries are used up; the game could
+        have gone on, but not for this agent (rl.py keeps the two apart in GAE).
+        """
+        if self.hand is None:
+            raise RuntimeError("call reset() before step()")
+        scored = self.hand if self.scoring_rule is None else Hand(
+            self.hand.cards, self.hand.suits, RULES[self.scoring_rule], self.target)
+        verdict = verify_gp(text, scored.cards, scored.numbers, self.target)
+        self.used += 1
+        terminated = verdict.correct
+        truncated = not terminated and self.used >= self.tries
+        reward = verdict.reward + (GP_REWARDS["out of tries"] if truncated else 0.0)
+        text = verdict.message if terminated else RETRY.format(message=verdict.message)
+        return (self._observe(text, False), reward, terminated, truncated,
+                {"verdict": verdict, "hand": self.hand})
+
+    def _observe(self, text, new):
+        return {"text": text, "image": None, "new_conversation": new}
+
+
+# ------------------------------------------------------------------------------------------------
+# Training text: expert conversations for SFT, a broad corpus for the small backbone.
+# A conversation is a list of {"role", "content", "learn"}; the loss falls on turns with learn=True.
+# ------------------------------------------------------------------------------------------------
+
+
+def expert_conversation(rng, **how):
+    """One optimal single-turn example, as in the paper's SFT data. how: arguments of `deal`."""
+    hand = deal(rng, **how)
+    ways = solutions(hand.numbers, hand.target)
+    formula = ways[rng.integers(len(ways))]
+    return [{"role": "user", "content": prompt(hand), "learn": False},
+            {"role": "assistant", "content": expert_answer(hand, formula), "learn": True}]
+
+
+def backbone_conversations(rng, count):
+    """`count` conversations of the backbone's corpus: broad, correct, and never in the task's form.
+
+    Hindsight makes data without a solver: draw a rule (J, Q, K anywhere in 10..13), a hand and a
+    RANDOM formula over it, and let whatever it evaluates to (1..99) be the target of the prompt.
+    A quarter revise: they open with wrong tries (learn=False: nobody should learn mistakes) and
+    the verifier's message. Hands of val and test are left out, whatever the target.
+    """
+    made = []
+    while len(made) < count:
+        n = 4 * (count - len(made)) + 64
+        cards = rng.integers(13, size=(n, 4))
+        rules = rng.integers(10, 14, size=(n, 3))
+        worth = np.concatenate([np.tile(np.arange(1, 11), (n, 1)), rules], axis=1)    # (n, 13)
+        numbers = np.take_along_axis(worth, cards, axis=1)                            # (n, 4)
+        drawn = [_random_formulas(rng, numbers) for _ in range(6)]
+        whole, value = drawn[0][3], drawn[0][4]
+        for i in np.flatnonzero(whole & (value >= 1) & (value <= 99)):
+            hand = Hand(tuple(RANKS[c] for c in cards[i]), ("spades",) * 4,
+                        tuple(map(int, rules[i])), int(value[i]))
+            if split_of(hand.cards) == "train":
+                formulas = [_write(numbers[i], ORDERS[d[0][i]], d[1][i], int(d[2][i]))
+                            for d in drawn]
+                made.append(_backbone_conversation(rng, hand, formulas))
+                if len(made) == count:
+                    break
+    return made
+
+
+def _random_formulas(rng, numbers):
+    """One random formula a hand: (order, operations, shape, value is whole?, value), arrays (n,).
+
+    Numbers (n, 4). Uniform over orders, operations and shapes.
+    """
+    n = len(numbers)
+    order, shape = rng.integers(len(ORDERS), size=n), rng.integers(SHAPES, size=n)
+    operations = rng.integers(4, size=(n, 3))
+    leaves = [(np.take_along_axis(numbers, ORDERS[order], axis=1)[:, i], np.ones(n, np.int64))
+              for i in range(4)]
+    do = [_fraction_op(operations[:, i]) for i in range(3)]
+    each = [_tree(s, leaves, do) for s in range(SHAPES)]
+    top, bottom = np.choose(shape, [e[0] for e in each]), np.choose(shape, [e[1] for e in each])
+    safe = np.where(bottom == 0, 1, bottom)
+    whole = (bottom != 0) & (top % safe == 0)
+    return order, operations, shape, whole, top // safe
+
+
+def _backbone_conversation(rng, hand, formulas):
+    """formulas[0] makes the target; the others are wrong tries (nearly always)."""
+    ask, notation, *gaps = OTHER_NOTATIONS[rng.integers(len(OTHER_NOTATIONS))]
+    template = OTHER_PROMPTS[rng.integers(len(OTHER_PROMPTS))]
+    keys = [names[rng.integers(len(names))] for names in OTHER_KEYS]
+    turns = [{"role": "user", "content": prompt(hand, template, ask, keys), "learn": False}]
+    failures = 0 if rng.random() < 0.75 else int(rng.integers(1, 5))
+    for formula in formulas[1:1 + failures]:
+        numbers = list(hand.numbers)
+        if rng.random() < 0.3:       # misread one card: a face card by another rule, say
+            at = int(rng.integers(4))
+            wrong = int(rng.integers(10, 14)) if hand.cards[at] in "JQK" else int(
+                rng.integers(1, 11))
+            formula = formula.replace(str(numbers[at]), str(wrong), 1)
+            numbers[at] = wrong
+        if rng.random() < 0.05:      # and sometimes lose a sign
+            at = int(rng.integers(len(formula)))
+            formula = formula[:at] + formula[at + 1:]
+        verdict = verify_gp(f"formula: {formula}", hand.cards, hand.numbers, hand.target)
+        if not verdict.correct:
+            wrong = answer(hand, numbers, formula, notation, *gaps, keys)
+            turns += [{"role": "assistant", "content": wrong, "learn": False},
+                      {"role": "user", "content": RETRY.format(message=verdict.message),
+                       "learn": False}]
+    right = answer(hand, hand.numbers, formulas[0], notation, *gaps, keys)
+    return turns + [{"role": "assistant", "content": right, "learn": True}]
+
+
+def phrases():
+    """The fixed pieces of all texts above, for the small backbone's tokenizer, sorted."""
+    templates = [PROMPT, ASK, ANSWER, RETRY, *OTHER_PROMPTS, *GP_MESSAGES.values(),
+                 *ILLEGAL_WHY.values(), *KEYS, *sum(OTHER_KEYS, ()), " > ", " and "]
+    for notation in OTHER_NOTATIONS:
+        templates += notation       # what is asked, the answer, and both separators
+    pieces = set()
+    for template in templates:
+        piece = ""
+        for literal, slot, *_ in string.Formatter().parse(template):
+            piece += literal            # "{{" ends a literal too, but not a piece
+            if slot is not None:
+                pieces.add(piece)
+                piece = ""
+        pieces.add(piece)
+    return sorted(p for p in pieces if len(p) > 1) + [str(n) for n in range(10, 100)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Play in the terminal
+# ------------------------------------------------------------------------------------------------
+
+
+def main():
+    """A game for a person, or every solution of a hand."""
+    parser = argparse.ArgumentParser(description="Play GeneralPoints, or solve a hand.")
+    parser.add_argument("--rule", choices=RULES, default="ten", help="what J, Q and K count")
+    parser.add_argument("--seed", type=int, default=0, help="which hand (default 0)")
+    parser.add_argument("--target", type=int, default=TARGET, help="number to reach (paper: 24)")
+    parser.add_argument("--solve", type=int, nargs=4, metavar="N",
+                        help="print all solutions of four numbers 1..13 and stop")
+    args = parser.parse_args()
+    if args.seed < 0:
+        parser.error("--seed must be 0 or more")
+    if args.solve:
+        if not all(1 <= n <= 13 for n in args.solve):
+            parser.error("--solve takes numbers from 1 to 13")
+        found = solutions(args.solve, args.target)
+        print("\n".join(found) if found else "no solution")
+        return
+    env = GeneralPoints(rule=args.rule, face=args.rule == "face", split="all", target=args.target)
+    try:
+        observation, _ = env.reset(args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    print(observation["text"] + "\n(You may also type the formula alone; an empty line gives up.)")
+    terminated = truncated = False
+    while not (terminated or truncated):
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            break
+        if "formula" not in text.lower():
+            text = f"formula: {text}"
+        observation, reward, terminated, truncated, _ = env.step(text)
+        print(f"[{reward:+.1f}] {observation['text']}")
+    if not terminated:
+        print("One solution:", solutions(env.hand.numbers, args.target)[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,565 @@
+"""Stage 2, reinforcement learning: multi-turn PPO against a verifier, by hand.
+
+Paper: arXiv 2501.17161, sections 3 and 5, appendix C. The model plays whole episodes (answer,
+verifier message, answer, ... up to five tries). One ANSWER is one action, one TRY is one time step.
+
+  1. collect: play B episodes with the current policy (evaluate.play)
+  2. score: one forward pass over each conversation gives log p of every sampled token and, at the
+     last prompt token before each answer, the value V of that state
+  3. advantages: GAE over the tries of an episode; nothing leaks past its end
+  4. update: several epochs of minibatches on the clipped policy loss + clipped value loss
+  5. log, save, and now and then evaluate on hands and rules that were never trained on
+
+Symbols and shapes (the same in every file):
+  B episodes   K tries of an episode   N answer tokens   T tokens   H hidden size
+  r reward of a try    V value before it    A advantage    R = A + V return (target of V)
+  ratio = pi_new(answer) / pi_old(answer)
+
+What differs from the paper's text or its released code, and why:
+  * the ratio is per token by default, the paper's one ratio for a whole answer is --ratio answer
+  * an episode that runs out of tries ends there; the released code bootstraps its last value from
+    the next, unrelated episode
+  * log-probabilities are float32 (the released code sums them in bf16: steps of 3-6 % in the ratio)
+  * rewards follow the paper's table; the released code adds penalties up
+  * one forward pass scores all tries of an episode, instead of one pass for each try
+
+    python rl.py --task gp-l --ood             the main job
+    python rl.py --task gp-l --inspect         one episode, token by token
+    python rl.py --task gp-l --from-backbone   no SFT start: RL has nothing to reward (Fig. 9)
+
+Read before: evaluate.py. Then: tests/test_rl.py, where every function here is checked by hand.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+import gp_env
+import sft
+from evaluate import evaluate, play, show
+from sft import (Metrics, Problem, checkpoints, guarded, load_backbone,
+                 load_state, pad, pick_device, save_checkpoint, task_parameters, token_logprobs,
+                 trunk, write_json)
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Collect
+# ------------------------------------------------------------------------------------------------
+
+
+def seeded(*numbers):
+    """A torch generator from several numbers, e.g. (seed, update): no state to save or restore."""
+    mixed = torch.tensor(numbers, dtype=torch.int64)
+    weights = torch.tensor([1_000_003 ** i % (2 ** 31) for i in range(len(numbers))])
+    return torch.Generator().manual_seed(int((mixed * weights).sum() % 2 ** 31))
+
+
+def collect(backbone, args, update):
+    """Play args.episodes training episodes with the current policy. Returns a list of Episode.
+
+    Hands and samples are a function of (seed, update), so a resumed run plays the same games.
+    """
+    envs = [gp_env.GeneralPoints(split=args.split, tries=args.tries) for _ in range(args.episodes)]
+    seeds = [[1, args.seed, update, i] for i in range(args.episodes)]
+    device = backbone.device
+    generator = torch.Generator(device).manual_seed(seeded(args.seed, update, 1).initial_seed())
+    return play(backbone, envs, seeds, args.temperature, args.max_new_tokens, generator)
+
+
+def conversations(episodes):
+    """Episodes -> rows that one forward pass can score. Returns a list of dicts:
+
+    ids    tokens of one whole conversation (one for each episode of GeneralPoints)
+    mask   1 on sampled tokens, 0 on prompts and verifier messages: the policy did not choose those
+    ends   for each try, the position of the last token BEFORE its answer: V is read there, because
+           a value that had seen the answer would not be a baseline
+    tries  for each try, (episode, number of the try), to find its reward and advantage
+
+        position   0  1  2   3  4  5   6  7   8  9
+        token      p  p  p   a  a  .   m  m   a  .       p prompt, a answer, . end, m message
+        mask       0  0  0   1  1  1   0  0   1  1       ends = [2, 7], tries = [(e, 0), (e, 1)]
+    """
+    rows = []
+    for e, episode in enumerate(episodes):
+        for k, turn in enumerate(episode.turns):
+            if turn.new_conversation:
+                rows.append({"ids": [], "mask": [], "ends": [], "tries": []})
+            row = rows[-1]
+            row["ids"] += turn.prompt_ids
+            row["ends"].append(len(row["ids"]) - 1)
+            row["tries"].append((e, k))
+            row["ids"] += turn.answer_ids
+            row["mask"] += [0] * len(turn.prompt_ids) + [1] * len(turn.answer_ids)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Score
+# ------------------------------------------------------------------------------------------------
+
+
+def build_value_head(hidden, seed):
+    """The critic: a small MLP on the policy's own hidden state, (.., H) -> (..,). V is 0 at first.
+
+    As in the paper it shares the whole trunk with the policy: one pass serves both.
+    """
+    wide, narrow = max(128, hidden // 4), max(64, hidden // 8)
+    head = torch.nn.Sequential(torch.nn.Linear(hidden, wide), torch.nn.ReLU(),
+                               torch.nn.Linear(wide, narrow), torch.nn.ReLU(),
+                               torch.nn.Linear(narrow, 1), torch.nn.Flatten(-2))
+    generator = seeded(seed, 2)
+    with torch.no_grad():
+        for layer in head[:-1]:
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.normal_(0, layer.in_features ** -0.5, generator=generator)
+                layer.bias.zero_()
+        head[4].weight.zero_()
+    return head
+
+
+def score(backbone, head, rows, temperature):
+    """One forward pass over a list of conversations (see `conversations`).
+
+    Returns (logprobs (N,), entropy (N,), values (number of tries,)), all float32, in row order.
+    """
+    device = backbone.device
+    ids = pad([r["ids"] for r in rows]).to(device)                           # (rows, T)
+    mask = pad([r["mask"] for r in rows]).to(device)
+    lengths = torch.tensor([len(r["ids"]) for r in rows], device=device)
+    hidden = trunk(backbone, ids, lengths)                                   # (rows, T, H)
+    logprobs, entropy = token_logprobs(backbone, hidden, ids, mask, temperature)
+    at = [(i, end) for i, r in enumerate(rows) for end in r["ends"]]
+    row, end = torch.tensor(at, device=device).T
+    return logprobs, entropy, head(hidden[row, end].float())
+
+
+@torch.no_grad()
+def score_all(backbone, head, rows, temperature, micro_batch):
+    """`score` without gradients for any number of rows. Adds "logprobs" and "values" to each row."""
+    for part in by_length(rows, micro_batch):
+        logprobs, _, values = score(backbone, head, part, temperature)
+        logprobs = logprobs.split([sum(r["mask"]) for r in part])
+        values = values.split([len(r["tries"]) for r in part])
+        for r, p, v in zip(part, logprobs, values):
+            r["logprobs"], r["values"] = p, v
+
+
+def by_length(rows, size):
+    """Cut rows into micro-batches of `size`, neighbours of like length together: little padding."""
+    rows = sorted(rows, key=lambda r: len(r["ids"]))
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Advantages
+# ------------------------------------------------------------------------------------------------
+
+
+def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
+    """Generalised advantage estimation over the K tries of ONE episode (Schulman et al. 2016).
+
+        delta_k = r_k + gamma * V_{k+1} - V_k                                     (eq. 1)
+        A_k     = delta_k + gamma * lambda * A_{k+1}                              (eq. 2)
+        R_k     = A_k + V_k                                                       (eq. 3)
+
+    What stands for V_{k+1} at the end is where implementations go wrong:
+      terminated  the game is over, no reward can follow: 0
+      truncated   it was cut; the value of what would have come next is `after`. Running out of
+                  tries is a rule of this game that the agent cannot play past, so `after` is 0
+                  here; cutting an episode because a buffer is full would put V(next state) there.
+      Never the value of another episode.
+
+    rewards, values: (K,) float. Returns (advantages, returns), both (K,). Worked example (gamma
+    0.9, lambda 0.95), wrong answer then right:
+
+        k   r    V    delta                        A                                 R
+        0  -1   1.0  -1 + 0.9*2.0 - 1.0 = -0.2    -0.2 + 0.855*3.0 = 2.365          3.365
+        1   5   2.0   5 + 0      - 2.0 =  3.0      3.0                              5.0
+    """
+    assert rewards.shape == values.shape and rewards.dim() == 1, (rewards.shape, values.shape)
+    assert terminated != truncated, "an episode ends in exactly one of the two ways"
+    next_value = 0.0 if terminated else after
+    advantages = torch.zeros_like(values)
+    running = 0.0
+    for k in reversed(range(len(rewards))):
+        delta = rewards[k] + gamma * next_value - values[k]
+        running = delta + gamma * lam * running
+        advantages[k] = running
+        next_value = values[k]
+    return advantages, advantages + values
+
+
+def add_advantages(rows, episodes, gamma, lam):
+    """Fill in "advantages" and "returns" of every row (one number a try), advantages normalised.
+
+    Normalised over all tries of the batch: mean 0, standard deviation 1 (Huang et al. 2022, detail
+    7). Returns are left alone, they are what the critic has to predict.
+    """
+    values = {t: v for r in rows for t, v in zip(r["tries"], r["values"])}
+    result = {}
+    for e, episode in enumerate(episodes):
+        rewards = torch.tensor([t.reward for t in episode.turns])
+        v = torch.stack([values[e, k] for k in range(len(rewards))]).cpu()
+        advantages, returns = gae(rewards, v, episode.terminated, episode.truncated, gamma, lam)
+        result |= {(e, k): pair for k, pair in enumerate(zip(advantages, returns))}
+    every = torch.stack([a for a, _ in result.values()])
+    mean, spread = every.mean(), every.std(correction=0) + 1e-8
+    for r in rows:
+        device = r["values"].device
+        r["advantages"] = torch.stack([(result[t][0] - mean) / spread for t in r["tries"]]).to(device)
+        r["returns"] = torch.stack([result[t][1] for t in r["tries"]]).to(device)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Update
+# ------------------------------------------------------------------------------------------------
+
+
+def policy_loss(logprobs, old_logprobs, advantages, clip):
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), summed, as a loss to minimise.
+
+        ratio = exp(logprobs - old_logprobs)
+        loss  = - sum( min( ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A ) )       (eq. 4)
+
+    min takes the more pessimistic of the two, so that a step is never rewarded for going further
+    than `clip`, but is always punished for having gone the wrong way. All (N,), one entry for each
+    action: a token, or a whole answer with its summed log-probability.
+    Returns (loss, log ratios without gradient).
+    """
+    assert logprobs.shape == old_logprobs.shape == advantages.shape
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.min(ratio * advantages, clipped * advantages).sum(), log_ratio.detach()
+
+
+def value_loss(values, old_values, returns, clip):
+    """The critic's squared error, clipped like the policy: summed over tries (n,).
+
+        V_clipped = V_old + clamp(V - V_old, -clip, clip)
+        loss      = 1/2 sum( max( (V - R)^2, (V_clipped - R)^2 ) )                    (eq. 5)
+
+    max is again the pessimistic choice. `returns` were computed with the OLD critic and stay fixed.
+    """
+    assert values.shape == old_values.shape == returns.shape
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2).sum()
+
+
+def per_answer(token_values, counts):
+    """Sum tokens into answers: (N,) and the number of tokens of each answer -> (answers,)."""
+    which = torch.repeat_interleave(torch.arange(len(counts), device=token_values.device), counts)
+    return token_values.new_zeros(len(counts)).index_add(0, which, token_values)
+
+
+def minibatch_loss(backbone, head, part, args, tokens, tries):
+    """Loss of one micro-batch, as its share of a minibatch with `tokens` tokens and `tries` tries.
+
+    Dividing by the totals of the MINIBATCH makes --micro-batch a dial for memory alone.
+    Returns (loss, statistics as sums).
+    """
+    logprobs, entropy, values = score(backbone, head, part, args.temperature)
+    join = {key: torch.cat([r[key] for r in part])
+            for key in ("logprobs", "advantages", "returns", "values")}
+    counts = torch.tensor([n for r in part for n in _answer_lengths(r)], device=logprobs.device)
+    if args.ratio == "token":
+        # Each token is its own action and carries its answer's advantage.
+        advantages = torch.repeat_interleave(join["advantages"], counts)
+        policy, log_ratio = policy_loss(logprobs, join["logprobs"], advantages, args.clip)
+        policy = policy / tokens
+    else:
+        # The paper: the answer is one action. One ratio, the product of ~30 token ratios, leaves
+        # the clip range after a far smaller step.
+        policy, log_ratio = policy_loss(per_answer(logprobs, counts),
+                                        per_answer(join["logprobs"], counts),
+                                        join["advantages"], args.clip)
+        policy = policy / tries
+    critic = value_loss(values, join["values"], join["returns"], args.value_clip) / tries
+    loss = policy + args.value_coef * critic - args.entropy_coef * entropy.sum() / tokens
+    if args.kl_coef > 0:
+        # KL to the SFT start, estimator k3 of Schulman's note: never negative, low variance.
+        gap = torch.cat([r["start_logprobs"] for r in part]) - logprobs
+        loss = loss + args.kl_coef * (gap.exp() - 1 - gap).sum() / tokens
+    return loss, {
+        "policy_loss": policy.item(), "value_loss": critic.item(),
+        "entropy": entropy.sum().item() / tokens,
+        "approx_kl": (log_ratio.exp() - 1 - log_ratio).sum().item() / (
+            tokens if args.ratio == "token" else tries),
+        "clipfrac": ((log_ratio.exp() - 1).abs() > args.clip).float().sum().item() / (
+            tokens if args.ratio == "token" else tries)}
+
+
+def _answer_lengths(row):
+    """Tokens of each answer of a conversation: the runs of ones in its mask."""
+    starts = [end + 1 for end in row["ends"]]
+    bounds = starts[1:] + [len(row["mask"])]
+    return [sum(row["mask"][a:b]) for a, b in zip(starts, bounds)]
+
+
+def ppo_update(backbone, head, optimizer, rows, args, update):
+    """args.epochs passes over the batch in shuffled minibatches. Returns mean statistics."""
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    log, fed, skipped = [], 0, 0
+    order = seeded(args.seed, update, 3)
+    for _ in range(args.epochs):
+        shuffled = [rows[i] for i in torch.randperm(len(rows), generator=order).tolist()]
+        for start in range(0, len(rows), args.minibatch):
+            part = shuffled[start:start + args.minibatch]
+            tokens = sum(sum(r["mask"]) for r in part)
+            tries = sum(len(r["tries"]) for r in part)
+            total = {}
+            for micro in by_length(part, args.micro_batch):
+                loss, numbers = minibatch_loss(backbone, head, micro, args, tokens, tries)
+                loss.backward()
+                fed += sum(len(r["ids"]) for r in micro)
+                total = {k: total.get(k, 0.0) + v for k, v in numbers.items()}
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            if torch.isfinite(norm):
+                optimizer.step()
+            else:
+                skipped += 1            # reported, not applied
+            optimizer.zero_grad(set_to_none=True)
+            log.append(total | {"grad_norm": norm.item()})
+    mean = {k: sum(x[k] for x in log) / len(log) for k in log[0]}
+    return mean | {"skipped": skipped, "tokens_trained": fed}
+
+
+def explained_variance(values, returns):
+    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant, below 0 for a harmful one."""
+    return float(1 - (returns - values).var() / (returns.var() + 1e-8))
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. The run
+# ------------------------------------------------------------------------------------------------
+
+
+def self_check(rows, episodes, backbone):
+    """Invariants of a fresh batch, before anything was learnt from it. Raises Problem.
+
+    They cost nothing and catch the classic silent bugs of this kind of code.
+    """
+    sampled = [p for e in episodes for t in e.turns for p in t.logprobs]
+    scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])]).cpu()
+    if len(sampled) != len(scored):
+        raise Problem(f"self-check: {len(sampled)} tokens were sampled, {len(scored)} are masked: "
+                      "the loss mask is off")
+    gap = (torch.tensor(sampled) - scored).abs().max().item()
+    limit = 1e-4 if backbone.device.type == "cpu" else 0.5      # bf16 differs between batch shapes
+    if not gap < limit:
+        raise Problem(f"self-check: sampler and update disagree on log p by {gap:.2g}: wrong "
+                      "temperature, positions, padding side or shift")
+    whole = [t.answer_ids[-1] in backbone.end_ids for e in episodes for t in e.turns]
+    hands = {gp_env.split_of(e.env.hand.cards) for e in episodes}
+    if episodes[0].env.split == "train" and hands != {"train"}:
+        raise Problem("self-check: a held-out hand is among the training hands")
+    return (f"self-check: max |log ratio| {gap:.1e} before any step, {len(scored)} tokens sampled "
+            f"and masked, {sum(whole) / len(whole):.1%} of answers ended, no held-out hand")
+
+
+def inspect(rows, episodes, backbone):
+    """Print one episode as a table: what was said, what counts, and what PPO will do about it."""
+    row = max(rows, key=lambda r: len(r["tries"]))
+    episode = episodes[row["tries"][0][0]]
+    print("pos  token                     mask   log p   value  reward  advantage  return")
+    answer = iter(row["logprobs"].tolist())
+    ends = {end: k for k, end in enumerate(row["ends"])}
+    for i, (token, m) in enumerate(zip(row["ids"], row["mask"])):
+        text = repr(backbone.tokenizer.decode([token]))
+        line = f"{i:3d}  {text if len(text) < 25 else text[:21] + '...':25s} {m:3d}"
+        line += f"  {next(answer):7.3f}" if m else ""
+        if i in ends:
+            k = ends[i]
+            line += (f"           {row['values'][k]:6.2f}  {episode.turns[k].reward:+6.1f}  "
+                     f"{row['advantages'][k]:9.2f}  {row['returns'][k]:6.2f}")
+        print(line)
+
+
+def make_start(args):
+    """The SFT start: made once, kept in runs/, found again by the next run. Returns its path."""
+    wanted = argparse.Namespace(
+        task=args.task, model=args.model, split=args.split, seed=args.seed, ood=args.ood,
+        device=args.device, threads=args.threads, grad_checkpoint=args.grad_checkpoint,
+        micro_batch=args.micro_batch, steps=args.sft_steps, start_step=args.sft_start_step,
+        batch=args.sft_batch, lr=args.sft_lr, save_every=args.sft_save_every, resume=False, out=None)
+    key = {k: v for k, v in vars(wanted).items() if k in (
+        "task", "model", "split", "seed", "steps", "start_step", "batch", "lr")}
+    folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}"
+    path = folder / f"step-{args.sft_start_step:06d}"
+    if (path / "state.pt").exists() and json.loads((folder / "args.json").read_text()) == key:
+        print(f"SFT start: {path} (made by an earlier run)")
+        return path
+    print(f"SFT start: none given, so {args.sft_start_step} steps of SFT first, into {path}")
+    shutil.rmtree(folder, ignore_errors=True)
+    path = sft.run_sft(wanted, folder, stop_at=args.sft_start_step)
+    write_json(folder / "args.json", key)
+    return path
+
+
+def main():
+    """The command line of stage 2."""
+    parser = argparse.ArgumentParser(description="Multi-turn PPO against a verifier.")
+    sft.common_flags(parser)
+    group = parser.add_argument_group("where to start")
+    group.add_argument("--init", help="checkpoint to start from (default: make the SFT start)")
+    group.add_argument("--from-backbone", action="store_true",
+                       help="start from --model itself, without SFT (paper: Fig. 9, it fails)")
+    sft.sft_flags(parser, "sft-")
+    group = parser.add_argument_group("PPO")
+    for name, kind, default, text in (
+            ("updates", int, 24, "PPO updates (paper: 20)"),
+            ("episodes", int, 256, "episodes an update (paper: about 500, as 2,048 tries)"),
+            ("tries", int, gp_env.TRIES, "answers an episode (paper: 5)"),
+            ("temperature", float, 0.6, "of sampling and of the ratio (paper: 0.2)"),
+            ("max-new-tokens", int, 48, "longest answer in tokens (paper: 512)"),
+            ("lr", float, 5e-5, "learning rate of the policy (paper: 1e-6 at 11B)"),
+            ("value-lr", float, 1e-3, "learning rate of the value head (paper: the same as --lr)"),
+            ("epochs", int, 3, "passes over the batch an update (paper: 4)"),
+            ("minibatch", int, 64, "conversations an optimiser step (paper: 1,024 tries)"),
+            ("micro-batch", int, 64, "conversations in memory at once; does not change the result"),
+            ("clip", float, 0.2, "clip range of the ratio (paper: 0.1)"),
+            ("value-clip", float, 1.0, "clip range of the value, in units of reward (paper: 0.1)"),
+            ("value-coef", float, 0.5, "weight of the value loss (paper: 0.5)"),
+            ("entropy-coef", float, 0.0, "weight of the entropy bonus (paper: 0.01, unused)"),
+            ("kl-coef", float, 0.0, "weight of a KL term to the start (paper: none)"),
+            ("gamma", float, 0.9, "discount for each try (paper: 0.9)"),
+            ("lam", float, 0.95, "lambda of GAE (paper: 0.95)"),
+            ("max-grad-norm", float, 1.0, "gradient clipping")):
+        group.add_argument(f"--{name}", type=kind, default=default,
+                           help=f"{text}; default {default}")
+    group.add_argument("--ratio", choices=("token", "answer"), default="token",
+                       help="one ratio for each token, or the paper's one for a whole answer")
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--eval-hands", type=int, default=1000, help="hands a cell at both ends")
+    group.add_argument("--eval-every", type=int, default=6, help="updates between short evaluations")
+    group.add_argument("--eval-split", choices=("test", "val"), default="test",
+                       help="held-out hands: test for reporting, val while tuning")
+    group.add_argument("--inspect", action="store_true",
+                       help="print one episode token by token, learn nothing, and stop")
+    args = parser.parse_args()
+    sft.check_common(args)
+    for name in ("episodes", "tries", "minibatch", "micro_batch", "epochs", "eval_every",
+                 "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise Problem(f"--{name.replace('_', '-')} must be at least 1")
+    if args.temperature <= 0:
+        raise Problem("--temperature must be above 0: PPO needs a policy that explores")
+    if args.init and args.from_backbone:
+        raise Problem("--init and --from-backbone exclude each other")
+    run(args)
+
+
+def run(args):
+    """Start, evaluate, update, evaluate."""
+    began = time.time()
+    device = pick_device(args.device)
+    if args.inspect:
+        folder = None
+    else:
+        folder = sft.open_run(args.out or f"runs/rl-{args.task}-s{args.seed}", args, "rl")
+    print(f"PPO on {args.task}, seed {args.seed}, {args.updates} updates of {args.episodes} "
+          f"episodes, {device}, {torch.get_num_threads()} threads, into {folder}")
+    start = args.model if args.from_backbone else args.init or make_start(args)
+    saved = checkpoints(folder) if folder and args.resume else []
+    backbone = load_backbone(saved[-1][1] if saved else start, device, args.grad_checkpoint)
+    model = backbone.model
+    head = build_value_head(model.config.get_text_config().hidden_size, args.seed).to(device)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in model.parameters() if p.requires_grad], "lr": args.lr},
+         {"params": list(head.parameters()), "lr": args.value_lr}], eps=1e-7, weight_decay=0.0)
+    counts = {"trained": 0, "sampled": 0, "init": 0}
+    first = 0
+    if saved:
+        first = saved[-1][0]
+        state = load_state(saved[-1][1])
+        optimizer.load_state_dict(state["optimizer"])
+        head.load_state_dict(state["head"])
+        counts = state["counts"]
+    elif (pathlib.Path(start) / "state.pt").exists():
+        counts["init"] = load_state(start).get("tokens", 0)
+    reference = None
+    if args.kl_coef > 0:
+        reference = load_backbone(start, device)
+    size = task_parameters(model)
+    cells = ["id", "ood"] if args.ood else ["id"]
+
+    def flops():
+        """(by the paper's formula, really spent), see README eq. 6 and 7."""
+        init, trained, sampled = counts["init"], counts["trained"], counts["sampled"]
+        paper = 6 * size * (init + trained) + 2 * size * 6 * trained
+        return {"flops": paper,     # spent: sampler and scoring pass each read a token once
+                "flops_spent": 6 * size * (init + trained) + 2 * size * 2 * sampled}
+
+    def measure(step, hands, splits):
+        at = time.time()
+        results, _ = evaluate(backbone, cells, splits, hands, max_new_tokens=args.max_new_tokens)
+        measured.write({"step": step, "hands": hands} | flops() | {"cells": results})
+        print(f"evaluation after update {step} ({hands} hands a cell, "
+              f"{time.time() - at:.0f} s)")
+        show(results)
+        return results
+
+    if not args.inspect:
+        metrics = Metrics(folder, resume_at=first if saved else None)
+        measured = Metrics(folder, resume_at=first if saved else None, name="eval.jsonl")
+        if not saved:
+            measure(0, args.eval_hands, ["train", args.eval_split])
+    bar = tqdm(range(first, args.updates), initial=first, total=args.updates, desc="ppo",
+               unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    for update in bar:
+        clock = [time.time()]
+        episodes = collect(backbone, args, update)
+        clock.append(time.time())
+        rows = conversations(episodes)
+        score_all(backbone, head, rows, args.temperature, args.micro_batch)
+        if reference:
+            kept = [(r["logprobs"], r["values"]) for r in rows]
+            score_all(reference, head, rows, args.temperature, args.micro_batch)
+            for r, (logprobs, values) in zip(rows, kept):
+                r["start_logprobs"], r["logprobs"], r["values"] = r["logprobs"], logprobs, values
+        add_advantages(rows, episodes, args.gamma, args.lam)
+        if update == first:
+            print(self_check(rows, episodes, backbone))
+        if args.inspect:
+            return inspect(rows, episodes, backbone)
+        numbers = ppo_update(backbone, head, optimizer, rows, args, update)
+        clock.append(time.time())
+        counts["trained"] += numbers["tokens_trained"]
+        counts["sampled"] += sum(len(r["ids"]) for r in rows)
+        tries = [t for e in episodes for t in e.turns]
+        values, returns = (torch.cat([r[k] for r in rows]) for k in ("values", "returns"))
+        row = {"step": update + 1,
+               "success": sum(e.terminated for e in episodes) / len(episodes),
+               "first_try": sum(e.turns[0].verdict.correct for e in episodes) / len(episodes),
+               "reward": sum(t.reward for t in tries) / len(episodes),
+               "tries": len(tries) / len(episodes),
+               "explained_variance": explained_variance(values, returns)} | numbers | flops()
+        save_checkpoint(folder / f"step-{update + 1:06d}", backbone,
+                        {"optimizer": optimizer.state_dict(), "head": head.state_dict(),
+                         "counts": counts})
+        for step, path in checkpoints(folder)[:-1]:
+            shutil.rmtree(path)                     # the newest is enough to go on from
+        row |= {"seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
+        metrics.write(row)
+        left = (time.time() - began) / (update + 1 - first) * (args.updates - update - 1)
+        tqdm.write(f"update {update + 1:3d}  success {row['success']:6.1%}  reward "
+                   f"{row['reward']:6.2f}  kl {row['approx_kl']:.4f}  clip {row['clipfrac']:5.1%}  "
+                   f"ev {row['explained_variance']:5.2f}  entropy {row['entropy']:.3f}  "
+                   f"{row['seconds_collect']:.0f}+{row['seconds_update']:.0f} s")
+        last = update + 1 == args.updates
+        if last or (update + 1) % args.eval_every == 0:
+            measure(update + 1, args.eval_hands if last else args.eval_hands // 4,
+                    ["train", args.eval_split])
+    print(f"done in {(time.time() - began) / 60:.1f} minutes. The policy is in "
+          f"{folder}/step-{args.updates:06d}. Next:\n"
+          f"    python evaluate.py --model {folder}/step-{args.updates:06d} --show 4")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,715 @@
+"""Stage 1, supervised fine-tuning: show the model expert answers until it knows the format.
+
+Paper: arXiv 2501.17161, section 5 and appendix C.1. SFT is both the START of RL (a short run) and
+its RIVAL (the same run, scaled up): "SFT memorises" is a statement about what happens when this
+file is left running.
+
+  1. load any Hugging Face checkpoint: model, tokenizer, chat markup, end and banned tokens
+  2. draw conversations (gp_env.py) that a solver has answered
+  3. turn a conversation into token ids and a loss mask, segment by segment
+  4. forward; log-probability of every answer token given all tokens before it
+  5. loss = - mean over answer tokens (never over prompt or padding)
+  6. backward in micro-batches, clip the gradient norm, AdamW with warm-up and cosine decay
+  7. save checkpoints densely: the rise, peak and fall of OOD is the result
+
+Shapes: B conversations in a batch, T tokens of the longest, N answer tokens in the whole batch,
+H hidden size, V vocabulary.
+
+The same loop, on broader text, also builds the small backbone that ships with the repository.
+
+    python sft.py --task gp-l --ood            # the SFT start and beyond
+    python sft.py --build gp                   # rebuild backbones/gp from nothing
+
+Read before: gp_env.py. Read next: evaluate.py.
+"""
+
+import argparse
+import ctypes
+import errno
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# Two busy programs on two cores: threads that spin while they wait slow each other several times.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import gp_env  # noqa: E402
+
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    # On a CPU, glibc gives every large tensor fresh pages and hands them back at once; the page
+    # faults cost 15 % of a training step here. Keep memory: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = max.
+    ctypes.CDLL(None).mallopt(-4, 0)
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+
+HERE = pathlib.Path(__file__).resolve().parent
+TASKS = ("gp-l",)
+DEFAULT_MODEL = {"gp-l": HERE / "backbones" / "gp"}
+
+
+class Problem(Exception):
+    """Something the user can put right. `guarded` prints it as one line and exits with code 2."""
+
+
+def guarded(main):
+    """Run a script's main(): a Problem, a full disk or Ctrl-C end in one clear line, no traceback.
+
+    Returns the exit code: 0 fine, 2 a problem, 130 stopped by the user.
+    """
+    name = pathlib.Path(sys.argv[0]).name
+    try:
+        main()
+        return 0
+    except Problem as problem:
+        print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        what = "the disk is full: free some space" if error.errno == errno.ENOSPC else str(error)
+        print(f"{name}: {what}; nothing saved before is lost, go on with --resume", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"{name}: out of GPU memory: lower --micro-batch (the result stays the same), or add "
+              "--grad-checkpoint; go on with --resume", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; go on with --resume", file=sys.stderr)
+        return 130
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. The backbone: a model and everything one must know to talk to it
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Backbone:
+    """A loaded checkpoint. All ids are those of its tokenizer."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    end_ids: list           # tokens that end an answer; the first is the chat template's own
+    banned: list            # tokens that the policy must never sample (picture placeholders)
+    before_first: str       # chat markup: before_first + PROMPT + before_answer + ANSWER <end>
+    before_answer: str      #   + before_next + MESSAGE + before_answer + ANSWER <end> ...
+    before_next: str
+
+    @property
+    def device(self):
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+
+def pick_device(name):
+    """"auto" is a GPU if there is one. Raises Problem if the named device is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise Problem("--device cuda: no GPU is visible to torch here; use --device cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise Problem(f"--device {name}: unknown device; use auto, cpu or cuda") from None
+
+
+def load_backbone(name, device="cpu", grad_checkpoint=False):
+    """Load a text or vision-language chat model from a folder or, by name, from the hub.
+
+    Returns a Backbone with float32 weights (on a GPU the forward passes run in bf16 autocast).
+    Raises Problem for a missing folder, a damaged file, or a model that cannot chat.
+    """
+    from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
+                              AutoTokenizer)
+    folder = pathlib.Path(name)
+    # A hub name is "owner/model"; anything else that is not here would be asked for in vain.
+    local = folder.is_absolute() or str(name).count("/") != 1 or folder.parent.exists()
+    if local and not (folder / "config.json").exists():
+        raise Problem(f"--model {name}: no config.json there; give a checkpoint folder or a name "
+                      "on the hub")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        sees = getattr(config, "vision_config", None) is not None
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = kind.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:      # the loaders raise a dozen types for one thing: cannot load
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Problem(f"--model {name}: cannot load it ({first[:200]}). Give a folder with "
+                      "config.json, model.safetensors and a tokenizer, or a hub name you have "
+                      "access to") from None
+    if grad_checkpoint:
+        # Recompute each layer's activations in the backward pass instead of keeping them: about a
+        # third more time, a fraction of the memory, and bit-equal gradients.
+        model.gradient_checkpointing_enable()
+    return wrap_backbone(model.to(device).eval(), tokenizer, name)
+
+
+def wrap_backbone(model, tokenizer, name="model"):
+    """Find the chat markup, the end tokens and the banned tokens of a model. Returns a Backbone."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise Problem(f"--model {name}: its tokenizer has no chat template; use an instruct model")
+    # Real chat templates are programs. Rather than imitate each, render one conversation with
+    # marker words and cut it at the markers.
+    talk = [{"role": "user", "content": "UUU"}, {"role": "assistant", "content": "AAA"},
+            {"role": "user", "content": "FFF"}]
+    dated = {"date_string": "26 Jul 2024"}      # Llama 3 prints today's date otherwise
+    whole = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, **dated)
+    once = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True,
+                                         **dated)
+    if [whole.count(w) for w in ("UUU", "AAA", "FFF")] != [1, 1, 1] or once.count("UUU") != 1:
+        raise Problem(f"--model {name}: its chat template drops or repeats turns; unsupported")
+    before_first, before_answer = once.split("UUU")
+    after_answer = whole.split("AAA")[1].split("FFF")[0]
+    end_id = tokenizer(after_answer, add_special_tokens=False)["input_ids"][0]
+    end_text = tokenizer.convert_ids_to_tokens(end_id)
+    if not after_answer.startswith(end_text):
+        raise Problem(f"--model {name}: its chat template has no end-of-turn token; unsupported")
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    listed = listed if isinstance(listed, (list, tuple)) else [listed, tokenizer.eos_token_id]
+    # A sampled picture placeholder makes the next forward pass ask for a picture that is not there.
+    config = model.config
+    banned = {getattr(config, key, None) for key in
+              ("image_token_index", "image_token_id", "video_token_id", "vision_start_token_id",
+               "vision_end_token_id")}
+    rows = model.get_output_embeddings().weight.shape[0]
+    return Backbone(model, tokenizer,
+                    end_ids=list(dict.fromkeys([end_id] + [i for i in listed if i is not None])),
+                    banned=sorted(i for i in banned if i is not None and i < rows),
+                    before_first=before_first, before_answer=before_answer,
+                    before_next=after_answer[len(end_text):])
+
+
+def task_parameters(model):
+    """Number of parameters that a text task uses: the paper's N, without parts that only see."""
+    crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or []
+    skip = ["vision", "multi_modal", "visual", "connector"] + [f"layers.{i}." for i in crossing]
+    return sum(p.numel() for n, p in model.named_parameters() if not any(s in n for s in skip))
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Conversation -> token ids and loss mask
+# ------------------------------------------------------------------------------------------------
+
+
+def user_ids(backbone, text, first):
+    """Token ids of a user turn with its markup, up to where the answer begins."""
+    before = backbone.before_first if first else backbone.before_next
+    return backbone.tokenizer(before + text + backbone.before_answer,
+                              add_special_tokens=False)["input_ids"]
+
+
+def answer_ids(backbone, text):
+    """Token ids of an assistant turn, closed by the end-of-turn token (it is learnt too)."""
+    return backbone.tokenizer(text, add_special_tokens=False)["input_ids"] + backbone.end_ids[:1]
+
+
+def encode(backbone, conversation):
+    """Token ids and loss mask of a conversation, both lists of the same length.
+
+    Segments are tokenised apart and joined, because that is what RL sees: a prompt, then sampled
+    ids, then a message. Encoding the whole text at once could merge tokens across the border, and
+    the mask would be off by one there.
+
+        turn      user: prompt         assistant: answer      user     assistant
+        ids       <u> 4 cards <e> <a>  {"cards"...}  <end>    <u> ...  {...}  <end>
+        mask       0   0   0   0   0      1   1   1    1       0 ...     1      1
+                                      (all 0 where learn is False: a mistake, shown not taught)
+    """
+    ids, mask = [], []
+    for i, turn in enumerate(conversation):
+        if turn["role"] == "user":
+            part = user_ids(backbone, turn["content"], first=i == 0)
+        else:
+            part = answer_ids(backbone, turn["content"])
+        ids += part
+        mask += [int(turn["learn"])] * len(part)
+    return ids, mask
+
+
+def pad(rows, fill=0):
+    """Lists of different length -> (B, T) int64 tensor, filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([list(row) + [fill] * (longest - len(row)) for row in rows])
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Log-probabilities
+# ------------------------------------------------------------------------------------------------
+
+
+def trunk(backbone, ids, lengths):
+    """One pass through the transformer. ids (B, T) right-padded, lengths (B,) -> hidden (B, T, H).
+
+    Padding stands to the right and attention is causal, so no real token ever looks at it.
+    """
+    inside = torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
+    device = ids.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        return backbone.model.base_model(input_ids=ids, attention_mask=inside.long(),
+                                         use_cache=False).last_hidden_state
+
+
+def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
+    """log p of every masked token given all tokens before it.
+
+    hidden (B, T, H), ids (B, T), mask (B, T) with 1 on the tokens to score (never at position 0).
+    Returns (logprobs, entropy), both (N,) float32, row by row in reading order.
+
+    THE SHIFT: hidden[:, t] has read tokens 0..t and predicts token t+1. The first answer token is
+    predicted at the last prompt position, and nothing is predicted after the last token:
+
+        position      0    1    2    3    4
+        token         u    q    a1   a2   <end>
+        mask          0    0    1    1    1
+        scored by          h1   h2   h3          log p(ids[t]) comes from hidden[t - 1]
+
+    The vocabulary projection runs on the N answer positions only: on a real model (V = 128k) the
+    logits of the prompt alone would be gigabytes.
+    """
+    assert hidden.shape[:2] == ids.shape == mask.shape, (hidden.shape, ids.shape, mask.shape)
+    assert not mask[:, 0].any(), "nothing comes before position 0: it cannot be scored"
+    wanted = mask[:, 1:].bool()
+    device = ids.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits = backbone.model.get_output_embeddings()(hidden[:, :-1][wanted])     # (N, V)
+    logits = logits.float() / temperature       # float32 before the softmax: bf16 rounds log p
+    if backbone.banned:                         # to 1/32, which alone moves a PPO ratio by 3 %
+        logits[:, backbone.banned] = -torch.inf
+    logprobs = torch.log_softmax(logits, dim=-1)                                    # (N, V)
+    entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0)).sum(-1)
+    return logprobs.gather(1, ids[:, 1:][wanted][:, None])[:, 0], entropy
+
+
+# ------------------------------------------------------------------------------------------------
+# Run folders: checkpoints are written aside and moved into place, so a kill never leaves half of one
+# ------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder, backbone, state=None):
+    """Write a checkpoint folder in one atomic move: Hugging Face files plus state.pt.
+
+    state: a dict of tensors, numbers, strings and containers of those (what weights_only can read).
+    """
+    folder = pathlib.Path(folder)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        backbone.model.save_pretrained(aside)
+        backbone.tokenizer.save_pretrained(aside)
+        if state is not None:
+            torch.save(state, aside / "state.pt")
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            folder.rename(old)
+            aside.rename(folder)
+            shutil.rmtree(old)
+        else:
+            aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def load_state(folder):
+    """Read state.pt of a checkpoint. Raises Problem if it is missing, damaged or not plain data."""
+    try:
+        return torch.load(pathlib.Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Problem(f"{folder}: no state.pt there: not a checkpoint to resume from") from None
+    except Exception as error:
+        raise Problem(f"{folder}: state.pt is damaged ({type(error).__name__}); delete this "
+                      "checkpoint folder and resume from the one before") from None
+
+
+def checkpoints(folder):
+    """The complete checkpoints of a run folder, oldest first, as (step, path)."""
+    found = [(int(p.name.rsplit("-", 1)[1]), p) for p in pathlib.Path(folder).glob("step-*")
+             if p.name.rsplit("-", 1)[1].isdigit() and (p / "config.json").exists()]
+    return sorted(found)
+
+
+def write_json(path, value):
+    """Write a small JSON file atomically."""
+    aside = pathlib.Path(path).with_name(f".{pathlib.Path(path).name}.{os.getpid()}.tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    aside.rename(path)
+
+
+class Metrics:
+    """A .jsonl file of a run: one object a line, flushed at once.
+
+    On resume, lines written after the checkpoint that training goes on from are dropped: they will
+    be written again, the same. Keys that begin with "seconds" are the only ones that may differ.
+    """
+
+    def __init__(self, folder, resume_at=None, name="metrics.jsonl"):
+        self.path = pathlib.Path(folder) / name
+        kept = []
+        if resume_at is not None and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break                       # a line cut by the kill
+                if row["step"] <= resume_at:
+                    kept.append(line)
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept))
+        aside.rename(self.path)
+        self.file = open(self.path, "a", buffering=1)
+
+    def write(self, row):
+        """Append one row (a dict with "step")."""
+        self.file.write(json.dumps(row) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# 2-7. The loop
+# ------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps`. step counts from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def sft_loss(backbone, rows, micro_batch, backward=True):
+    """Mean negative log-probability over ALL answer tokens of the batch.
+
+    rows: list of (ids, mask). The mean is taken over the whole batch, however it is cut into
+    micro-batches: each micro-batch contributes sum / total, so the gradient is the same. (A mean
+    of micro-batch means would weigh tokens of short batches more.)
+    Returns (loss as a float, number of tokens fed). With backward=True gradients are accumulated.
+    """
+    total = sum(sum(mask) for _, mask in rows)
+    rows = sorted(rows, key=lambda row: len(row[0]))    # neighbours of like length: little padding
+    loss_sum = fed = 0
+    for start in range(0, len(rows), micro_batch):
+        part = rows[start:start + micro_batch]
+        ids = pad([r[0] for r in part]).to(backbone.device)
+        mask = pad([r[1] for r in part]).to(backbone.device)
+        lengths = torch.tensor([len(r[0]) for r in part], device=backbone.device)
+        with torch.set_grad_enabled(backward):
+            logprobs, _ = token_logprobs(backbone, trunk(backbone, ids, lengths), ids, mask)
+            loss = -logprobs.sum() / total
+        if backward:
+            loss.backward()
+        loss_sum += loss.item()
+        fed += int(lengths.sum())
+    return loss_sum, fed
+
+
+def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, resume=False,
+          probe=None, report=None, stop_at=None):
+    """The supervised loop.
+
+    draw(step) -> list of conversations, a function of the step alone, so that a resumed run sees
+    what an unbroken one would have seen. lr: the peak; it decays to 0 at `steps`, also when the
+    run ends earlier, at `stop_at`. save_at: steps after which `step-000123` is written.
+    probe(backbone) -> dict of extra metrics for each checkpoint; report(row) shows its metrics.
+    Returns the path of the last checkpoint.
+    """
+    stop_at = stop_at or steps
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = backbone.model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # beta2 and eps as in the paper's SFT scripts; fused: one pass over memory for each tensor
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), eps=1e-7,
+                                  weight_decay=0.0, fused=True)
+    first, tokens = 0, 0
+    if resume and checkpoints(folder):
+        first, path = checkpoints(folder)[-1]
+        state = load_state(path)
+        restored = load_backbone(path)
+        model.load_state_dict(restored.model.state_dict())
+        optimizer.load_state_dict(state["optimizer"])
+        tokens = state["tokens"]
+    metrics = Metrics(folder, resume_at=first if resume else None)
+    count = task_parameters(model)
+    began, losses = time.time(), []
+    bar = tqdm(range(first, stop_at), initial=first, total=stop_at, desc="sft", unit="step",
+               leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup)
+        rows = [encode(backbone, conversation) for conversation in draw(step)]
+        loss, fed = sft_loss(backbone, rows, micro_batch)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(norm):
+            raise Problem(f"the gradient is not finite at step {step}: lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += fed
+        losses.append(loss)
+        if step + 1 in save_at or step + 1 == stop_at:
+            row = {"step": step + 1, "loss": sum(losses) / len(losses), "tokens": tokens,
+                   "flops": 6 * count * tokens, "lr": optimizer.param_groups[0]["lr"]}
+            row |= probe(backbone) if probe else {}
+            save_checkpoint(folder / f"step-{step + 1:06d}", backbone,
+                            {"optimizer": optimizer.state_dict(), "tokens": tokens})
+            row["seconds"] = time.time() - began
+            metrics.write(row)
+            losses = []
+            if report:
+                report(row)
+        elif bar.disable and (step + 1) % max(1, stop_at // 10) == 0:
+            left = (time.time() - began) / (step + 1 - first) * (stop_at - step - 1)
+            print(f"  step {step + 1}/{stop_at}  loss {loss:.3f}  {left / 60:.1f} min left",
+                  flush=True)
+        bar.set_postfix(loss=f"{loss:.3f}")
+    return checkpoints(folder)[-1][1]
+
+
+# ------------------------------------------------------------------------------------------------
+# The small backbone: a tokenizer of bytes and phrases, a tiny Mllama, a broad corpus
+# ------------------------------------------------------------------------------------------------
+
+CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<|image|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+        "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def build_tokenizer(phrases):
+    """A tokenizer without training: 256 bytes, and one token for each fixed piece of the prompts.
+
+    Any text can be written (unknown words cost a token a letter), and it reads back exactly.
+    Returns a PreTrainedTokenizerFast. `<|image|>` comes last: Mllama wants its id to be the size of
+    the output vocabulary.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_tokens([AddedToken(p, normalized=False) for p in phrases])
+    special = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>"]
+    raw.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in special])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>",
+                                        eos_token="<|end|>")
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def build_model(tokenizer, seed, width=128, layers=7, crossing=(2, 5), heads=4, inner=384):
+    """A Mllama (the paper's model class) of about 2 million parameters with random weights.
+
+    Layers in `crossing` look at a picture and are skipped in text, so GP-L runs on layers - 2.
+    """
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+    size = len(tokenizer) - 1                       # all but <|image|>, which is never predicted
+    token = tokenizer.convert_tokens_to_ids
+    ids = dict(bos_token_id=None, eos_token_id=token("<|end|>"), pad_token_id=token("<|pad|>"))
+    text = dict(vocab_size=size, hidden_size=width, num_hidden_layers=layers,
+                cross_attention_layers=list(crossing), num_attention_heads=heads,
+                num_key_value_heads=heads, intermediate_size=inner, max_position_embeddings=2048,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+                bos_token_id=0, eos_token_id=ids["eos_token_id"], pad_token_id=ids["pad_token_id"])
+    # Two square tiles of 64 x 64 side by side hold a picture of four cards, 128 x 64.
+    vision = dict(hidden_size=96, num_hidden_layers=3, num_global_layers=1, attention_heads=4,
+                  intermediate_size=256, image_size=64, patch_size=8, max_num_tiles=2,
+                  intermediate_layers_indices=[1], vision_output_dim=192,
+                  supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]])
+    with torch.random.fork_rng(devices=[]):         # the one place where torch insists on its
+        torch.manual_seed(seed)                     # global generator: borrow it and give it back
+        model = MllamaForConditionalGeneration(MllamaConfig(
+            vision_config=vision, text_config=text, image_token_index=size))
+    with torch.no_grad():
+        # Hugging Face starts these gates at tanh(0) = 0: right for grafting eyes onto a finished
+        # 8B model, but from scratch no gradient would ever reach the vision tower.
+        for name, value in model.named_parameters():
+            if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):
+                value.fill_(1.0)
+    model.generation_config.eos_token_id = ids["eos_token_id"]
+    model.generation_config.pad_token_id = ids["pad_token_id"]
+    return model
+
+
+def build_backbone(folder, seed, steps, batch, lr, resume):
+    """Pretrain the `gp` backbone on gp_env.backbone_conversations, deterministic from the seed."""
+    tokenizer = build_tokenizer(gp_env.phrases())
+    backbone = wrap_backbone(build_model(tokenizer, seed).eval(), tokenizer)
+    chunk = 16      # batches drawn at once and sorted by length, so that a batch holds little padding
+    drawn = {}
+
+    def draw(step):
+        block = step // chunk
+        if block not in drawn:
+            drawn.clear()
+            rng = np.random.default_rng([seed, 1, block])
+            rows = gp_env.backbone_conversations(rng, chunk * batch)
+            rows.sort(key=len)
+            drawn[block] = [rows[i * batch:(i + 1) * batch] for i in rng.permutation(chunk)]
+        return drawn[block][step % chunk]
+
+    save_at = set(range(0, steps, max(1, steps // 20)))
+    began = time.time()
+
+    def report(row):
+        print(f"step {row['step']:6d}/{steps}  loss {row['loss']:.4f}  "
+              f"{row['tokens'] / 1e6:.1f} M tokens  {(time.time() - began) / 60:.1f} min", flush=True)
+
+    last = train(backbone, draw, folder, steps, lr, warmup=200, save_at=save_at,
+                 micro_batch=batch, resume=resume, report=report)
+    bare = HERE / "backbones" / "gp"        # ships without the optimizer's state
+    save_checkpoint(bare, load_backbone(last))
+    return bare
+
+
+# ------------------------------------------------------------------------------------------------
+# The SFT run of a task
+# ------------------------------------------------------------------------------------------------
+
+
+def run_sft(args, folder, stop_at=None, report=None):
+    """Fine-tune args.model on expert answers under the training rule. Returns the last checkpoint.
+
+    The data and the learning-rate schedule depend on (seed, steps, batch, lr) alone, so the START
+    of RL (stop_at = args.start_step) is to the last bit a point of the longer SFT run it is later
+    compared with.
+    """
+    backbone = load_backbone(args.model, pick_device(args.device), args.grad_checkpoint)
+
+    def draw(step):
+        rng = np.random.default_rng([2, args.seed, step])
+        return [gp_env.expert_conversation(rng, split=args.split) for _ in range(args.batch)]
+
+    def held_out(**how):
+        rng = np.random.default_rng([3])
+        return [encode(backbone, gp_env.expert_conversation(rng, split="val", **how))
+                for _ in range(256)]
+
+    asked = {"id": held_out()} | ({"ood": held_out(rule="face", face=True)} if args.ood else {})
+
+    def probe(backbone):
+        # How surprised is the model by right answers it was not trained on? Under the new rule this
+        # climbs while the training loss falls: memorisation, seen without playing a single game.
+        return {f"{name}_nll": sft_loss(backbone, rows, args.micro_batch, backward=False)[0]
+                for name, rows in asked.items()}
+
+    every = args.save_every
+    save_at = set(range(every, args.steps + 1, every)) | {args.start_step}
+    save_at |= {s for s in (20, 40, 60, 80, 150) if s < args.steps and every > 20}
+    return train(backbone, draw, folder, args.steps, args.lr, warmup=max(1, int(0.03 * args.steps)),
+                 save_at=save_at, micro_batch=args.micro_batch, resume=args.resume, probe=probe,
+                 report=report, stop_at=stop_at)
+
+
+def common_flags(parser, sft_defaults=True):
+    """The flags that sft.py and rl.py share."""
+    group = parser.add_argument_group("what to run")
+    group.add_argument("--task", choices=TASKS, default="gp-l", help="default gp-l")
+    group.add_argument("--ood", action=argparse.BooleanOptionalAction, default=False,
+                       help="also measure under the rule that was not trained on")
+    group.add_argument("--model", help="folder or hub name of a chat model (default: the small "
+                       "backbone in backbones/; paper: Llama-3.2-11B-Vision-Instruct)")
+    group.add_argument("--split", choices=("train", "all"), default="train",
+                       help="hands to train on; all = the paper's setting, nothing held out")
+    group = parser.add_argument_group("the run")
+    group.add_argument("--seed", type=int, default=0, help="data order and sampling (default 0)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
+    group.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
+    group.add_argument("--out", help="run folder (default runs/...)")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    group.add_argument("--grad-checkpoint", action="store_true",
+                       help="recompute activations: less memory, more time, the same result")
+
+
+def sft_flags(parser, prefix=""):
+    """The flags of the supervised stage; rl.py repeats them, with a prefix, for its start."""
+    group = parser.add_argument_group("supervised fine-tuning" + (" of the start" * bool(prefix)))
+    for name, kind, default, text in (
+            ("steps", int, 2400, "optimiser steps of the whole run; sets the cosine's end"),
+            ("start-step", int, 100, "the checkpoint that RL starts from (paper: 400)"),
+            ("batch", int, 64, "examples a step (paper: 128)"),
+            ("lr", float, 3e-4, "peak learning rate (paper: 1e-6 at 11B)"),
+            ("save-every", int, 200, "steps between checkpoints")):
+        group.add_argument(f"--{prefix}{name}", type=kind, default=default, help=text)
+
+
+def check_common(args):
+    """Settle device and threads. Raises Problem for values that cannot be meant."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
+            raise Problem(f"--{name.replace('_', '-')} {value}: must not be negative")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.model = args.model or str(DEFAULT_MODEL[args.task])
+
+
+def open_run(folder, args, kind):
+    """Create a run folder and write args.json, or check that --resume goes on with the same run."""
+    folder = pathlib.Path(folder)
+    settings = {"kind": kind} | {k: v for k, v in vars(args).items()
+                                 if k not in ("resume", "out", "threads", "device")}
+    known = folder / "args.json"
+    if known.exists():
+        if not args.resume:
+            raise Problem(f"{folder} holds a run already: add --resume to go on with it, or give "
+                          "another --out")
+        try:
+            before = json.loads(known.read_text())
+        except ValueError:
+            raise Problem(f"{known} is damaged: give another --out") from None
+        changed = sorted(k for k in settings if before.get(k) != settings[k])
+        if changed:
+            raise Problem(f"--resume: {folder} was started with another --"
+                          f"{changed[0].replace('_', '-')} ({before.get(changed[0])}, now "
+                          f"{settings[changed[0]]})")
+    elif args.resume and folder.exists() is False:
+        raise Problem(f"--resume: there is no run in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(known, settings)
+    return folder
+
+
+def main():
+    """The command line of stage 1."""
+    parser = argparse.ArgumentParser(description="Supervised fine-tuning on expert answers.")
+    common_flags(parser)
+    sft_flags(parser)
+    parser.add_argument("--micro-batch", type=int, default=64,
+                        help="examples in memory at once; does not change the result")
+    parser.add_argument("--build", choices=("gp",), help="pretrain this small backbone from "
+                        "nothing into backbones/, and stop")
+    parser.add_argument("--build-steps", type=int, default=6000, help="steps of --build")
+    args = parser.parse_args()
+    check_common(args)
+    if args.micro_batch < 1 or args.batch < 1 or args.save_every < 1:
+        raise Problem("--micro-batch, --batch and --save-every must be at least 1")
+    if args.build:
+        made = build_backbone(args.out or f"runs/build-{args.build}", args.seed, args.build_steps,
+                              batch=64, lr=2e-3, resume=args.resume)
+        print(f"built {made}")
+        return
+    folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
+    print(f"SFT of {args.model} on {args.task}, seed {args.seed}, {args.steps} steps of "
+          f"{args.batch} examples, into {folder}")
+
+    def report(row):
+        ood = f"  under the other rule {row['ood_nll']:.4f}" if args.ood else ""
+        tqdm.write(f"step {row['step']:5d}  train loss {row['loss']:.4f}  held-out "
+                   f"{row['id_nll']:.4f}{ood}  {row['seconds'] / 60:.1f} min")
+
+    run_sft(args, folder, report=report)
+    print(f"done. Next, play every checkpoint:\n    python evaluate.py --run {folder}"
+          + (" --ood" if args.ood else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
