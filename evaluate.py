@@ -15,7 +15,7 @@ Shapes: B episodes in a batch, K turns of an episode, T tokens, V vocabulary.
     python evaluate.py --model runs/sft-gp-l-s0/step-000100 --ood      all cells
     python evaluate.py --model ... --show 4                            transcripts
     python evaluate.py --run runs/sft-gp-l-s0 --ood                    every checkpoint of a run
-    python evaluate.py --plot results --out results/figure.png         the figure, from metrics alone
+    python evaluate.py --plot results --out results/figure.png         the figure, from metrics
 
 Read before: sft.py. Read next: rl.py.
 """
@@ -314,9 +314,11 @@ def _read_as_stated(episode):
     return gp_env.verify_gp(episode.turns[0].text, hand.cards, hand.numbers).numbers_right
 
 
-def evaluate(backbone, cells, splits, count, temperature=0.0, batch=256, max_new_tokens=48,
+def evaluate(backbone, cells, splits, count, temperature=0.6, batch=256, max_new_tokens=48,
              quiet=False):
-    """Play `count` hands of each cell and split. Returns ({"held-out/id": measures, ...}, episodes).
+    """Play `count` hands of each cell and split.
+
+    Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes, ...}).
 
     batch: episodes played together; it changes speed, not results (up to rounding).
     """
@@ -381,13 +383,17 @@ def read_runs(folder):
 
 
 def curve(runs, kind, cell, measure_name="success"):
-    """Mean, lowest and highest over seeds at each step: [(FLOPs, mean, low, high)] in percent."""
+    """Mean, lowest and highest over seeds at each step: [(FLOPs, mean, low, high)] in percent.
+
+    Both arms begin at the same checkpoint, which the RL runs measured as their step 0.
+    """
     points = {}
     for run_kind, _, rows in runs:
         for row in rows:
-            if run_kind == kind and cell in row["cells"]:
+            start = run_kind == "rl" and row["step"] == 0
+            if (run_kind == kind or start) and cell in row["cells"]:
                 points.setdefault(row["step"], []).append(
-                    (row["flops"], 100 * row["cells"][cell][measure_name]))
+                    (row["flops_spent"], 100 * row["cells"][cell][measure_name]))
     most = max(map(len, points.values()), default=0)        # steps that every seed was measured at
     return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p),
              min(y for _, y in p), max(y for _, y in p))
@@ -395,7 +401,7 @@ def curve(runs, kind, cell, measure_name="success"):
 
 
 def plot(folder, path):
-    """Success against training compute, ID and OOD, SFT and RL: the layout of the paper's Fig. 5."""
+    """Success against training compute, ID and OOD, SFT and RL, as in the paper's Fig. 5."""
     runs = read_runs(folder)
     colours = {"sft": (52, 104, 192), "rl": (200, 60, 50)}
     panels = []
@@ -407,7 +413,7 @@ def plot(folder, path):
         series = [{"label": kind.upper(), "colour": colour, "dashed": False,
                    "points": curve(runs, kind, cell, name)} for kind, colour in colours.items()]
         if any(s["points"] for s in series):
-            panels.append({"title": title, "x_label": "training FLOPs, paper's formula",
+            panels.append({"title": title, "x_label": "FLOPs spent",
                            "y_label": "%", "series": series})
     seeds = {seed for _, seed, _ in runs}
     draw_panels(panels, path, f"GeneralPoints, text: mean and range over {len(seeds)} seeds")
@@ -577,7 +583,7 @@ def evaluate_run(args, cells, splits, device):
     metrics = {row["step"]: row for row in map(
         json.loads, (pathlib.Path(args.run) / "metrics.jsonl").read_text().splitlines())}
     for step, folder in found:
-        if step in done:
+        if step in done or args.steps and step not in args.steps:
             continue
         results, _ = evaluate(load_backbone(folder, device), cells, splits, args.hands,
                               args.temperature, args.batch, args.max_new_tokens)
@@ -596,6 +602,7 @@ def main():
     group.add_argument("--task", choices=TASKS, default="gp-l", help="default gp-l")
     group.add_argument("--model", help="checkpoint folder or hub name (default: the backbone)")
     group.add_argument("--run", help="a run folder of sft.py: play all its checkpoints")
+    group.add_argument("--steps", type=int, nargs="+", help="with --run: only these checkpoints")
     group.add_argument("--plot", metavar="FOLDER", help="draw the runs below this folder, and stop")
     group.add_argument("--ood", action=argparse.BooleanOptionalAction, default=False,
                        help="all cells: rule OOD, the two shifts apart, the fake probe")
@@ -605,7 +612,9 @@ def main():
                        help="hands: train (seen), test (held out), val, all")
     group = parser.add_argument_group("how")
     group.add_argument("--hands", type=int, default=1000, help="a cell (paper: 234)")
-    group.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    group.add_argument("--temperature", type=float, default=0.6,
+                       help="of sampling; 0 takes the likeliest token (default 0.6, as the "
+                       "paper's backbone is shipped)")
     group.add_argument("--batch", type=int, default=256, help="episodes at once: speed and memory")
     group.add_argument("--max-new-tokens", type=int, default=48, help="longest answer")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda")

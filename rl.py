@@ -141,7 +141,7 @@ def score(backbone, head, rows, temperature):
 
 @torch.no_grad()
 def score_all(backbone, head, rows, temperature, micro_batch):
-    """`score` without gradients for any number of rows. Adds "logprobs" and "values" to each row."""
+    """`score` without gradients, any number of rows. Adds "logprobs" and "values" to each."""
     for part in by_length(rows, micro_batch):
         logprobs, _, values = score(backbone, head, part, temperature)
         logprobs = logprobs.split([sum(r["mask"]) for r in part])
@@ -211,9 +211,9 @@ def add_advantages(rows, episodes, gamma, lam):
     every = torch.stack([a for a, _ in result.values()])
     mean, spread = every.mean(), every.std(correction=0) + 1e-8
     for r in rows:
-        device = r["values"].device
-        r["advantages"] = torch.stack([(result[t][0] - mean) / spread for t in r["tries"]]).to(device)
-        r["returns"] = torch.stack([result[t][1] for t in r["tries"]]).to(device)
+        advantages, returns = (torch.stack(x) for x in zip(*(result[t] for t in r["tries"])))
+        r["advantages"] = ((advantages - mean) / spread).to(r["values"].device)
+        r["returns"] = returns.to(r["values"].device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -304,7 +304,9 @@ def _answer_lengths(row):
 
 def ppo_update(backbone, head, optimizer, rows, args, update):
     """args.epochs passes over the batch in shuffled minibatches. Returns mean statistics."""
+    sft.learning_mode(backbone, True)
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    done = update * args.epochs * -(-len(rows) // args.minibatch)   # optimiser steps before this
     log, fed, skipped = [], 0, 0
     order = seeded(args.seed, update, 3)
     for _ in range(args.epochs):
@@ -320,6 +322,10 @@ def ppo_update(backbone, head, optimizer, rows, args, update):
                 fed += sum(len(r["ids"]) for r in micro)
                 total = {k: total.get(k, 0.0) + v for k, v in numbers.items()}
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            # Adam's first steps have full length whatever the gradient: without a warm-up the very
+            # first update moves the policy further (approx_kl 0.13) than the ten that follow.
+            for group, peak in zip(optimizer.param_groups, (args.lr, args.value_lr)):
+                group["lr"] = peak * min(1.0, (done + len(log) + 1) / max(1, args.warmup))
             if torch.isfinite(norm):
                 optimizer.step()
             else:
@@ -331,13 +337,17 @@ def ppo_update(backbone, head, optimizer, rows, args, update):
 
 
 def explained_variance(values, returns):
-    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant, below 0 for a harmful one."""
+    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant, below 0 if harmful."""
     return float(1 - (returns - values).var() / (returns.var() + 1e-8))
 
 
 # ------------------------------------------------------------------------------------------------
 # 5. The run
 # ------------------------------------------------------------------------------------------------
+
+
+# For `estimate`: cost of a hand or episode, in units of training on one single-try conversation.
+EVALUATE_COST, SAMPLE_COST, TRAIN_COST = 1.0, 2.0, 3.0
 
 
 def self_check(rows, episodes, backbone):
@@ -387,7 +397,7 @@ def make_start(args):
         task=args.task, model=args.model, split=args.split, seed=args.seed, ood=args.ood,
         device=args.device, threads=args.threads, grad_checkpoint=args.grad_checkpoint,
         micro_batch=args.micro_batch, steps=args.sft_steps, start_step=args.sft_start_step,
-        batch=args.sft_batch, lr=args.sft_lr, save_every=args.sft_save_every, resume=False, out=None)
+        batch=args.sft_batch, lr=args.sft_lr, save_every=args.sft_save_every, resume=False)
     key = {k: v for k, v in vars(wanted).items() if k in (
         "task", "model", "split", "seed", "steps", "start_step", "batch", "lr")}
     folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}"
@@ -413,15 +423,16 @@ def main():
     sft.sft_flags(parser, "sft-")
     group = parser.add_argument_group("PPO")
     for name, kind, default, text in (
-            ("updates", int, 24, "PPO updates (paper: 20)"),
+            ("updates", int, 18, "PPO updates (paper: 20)"),
             ("episodes", int, 256, "episodes an update (paper: about 500, as 2,048 tries)"),
             ("tries", int, gp_env.TRIES, "answers an episode (paper: 5)"),
             ("temperature", float, 0.6, "of sampling and of the ratio (paper: 0.2)"),
             ("max-new-tokens", int, 48, "longest answer in tokens (paper: 512)"),
-            ("lr", float, 5e-5, "learning rate of the policy (paper: 1e-6 at 11B)"),
-            ("value-lr", float, 1e-3, "learning rate of the value head (paper: the same as --lr)"),
-            ("epochs", int, 3, "passes over the batch an update (paper: 4)"),
-            ("minibatch", int, 64, "conversations an optimiser step (paper: 1,024 tries)"),
+            ("lr", float, 1e-4, "learning rate of the policy (paper: 1e-6 at 11B)"),
+            ("warmup", int, 16, "optimiser steps over which both learning rates rise"),
+            ("value-lr", float, 3e-3, "learning rate of the value head (paper: the same as --lr)"),
+            ("epochs", int, 2, "passes over the batch an update (paper: 4)"),
+            ("minibatch", int, 32, "conversations an optimiser step (paper: 1,024 tries)"),
             ("micro-batch", int, 64, "conversations in memory at once; does not change the result"),
             ("clip", float, 0.2, "clip range of the ratio (paper: 0.1)"),
             ("value-clip", float, 1.0, "clip range of the value, in units of reward (paper: 0.1)"),
@@ -436,8 +447,11 @@ def main():
     group.add_argument("--ratio", choices=("token", "answer"), default="token",
                        help="one ratio for each token, or the paper's one for a whole answer")
     group = parser.add_argument_group("measuring")
-    group.add_argument("--eval-hands", type=int, default=1000, help="hands a cell at both ends")
-    group.add_argument("--eval-every", type=int, default=6, help="updates between short evaluations")
+    group.add_argument("--eval-hands", type=int, default=500, help="hands a cell at both ends")
+    group.add_argument("--eval-every", type=int, default=6,
+                       help="updates between short evaluations")
+    group.add_argument("--eval-temperature", type=float, default=0.6,
+                       help="of sampling in evaluations; 0 takes the likeliest token")
     group.add_argument("--eval-split", choices=("test", "val"), default="test",
                        help="held-out hands: test for reporting, val while tuning")
     group.add_argument("--inspect", action="store_true",
@@ -455,110 +469,144 @@ def main():
     run(args)
 
 
+def compute(size, counts):
+    """FLOPs so far: by the paper's formula (README eq. 6) and really spent (eq. 7).
+
+    size: parameters N. counts: tokens that went through SFT before this run ("init"), through PPO's
+    forward and backward passes ("trained"), and that the sampler read ("sampled"). The paper
+    charges 2 N * 6 * D_RL for sampling, as if every new token read the whole conversation again;
+    with a cache the sampler reads each token once, and the scoring pass once more.
+    """
+    training = 6 * size * (counts["init"] + counts["trained"])
+    return {"flops": training + 2 * size * 6 * counts["trained"],
+            "flops_spent": training + 2 * size * 2 * counts["sampled"]}
+
+
+def estimate(backbone, args, cells):
+    """Minutes that the run will take on this machine, from timing one small training pass.
+
+    In units of that pass (32 conversations of one try, forward and backward): an update samples,
+    scores and trains on episodes of about three times the length; reading is a third of training.
+    The factors were fitted to whole runs on two cores and are good to about a third.
+    """
+    rng = gp_env.np.random.default_rng(0)
+    rows = [sft.encode(backbone, gp_env.expert_conversation(rng)) for _ in range(32)]
+    for _ in range(2):                      # the first pass also pays for memory
+        began = time.time()
+        sft.sft_loss(backbone, rows, 32)
+        unit = (time.time() - began) / 32
+    backbone.model.zero_grad(set_to_none=True)
+    hands = args.eval_hands * (2 + args.updates / args.eval_every / 4) * 2 * len(cells)
+    start = args.sft_start_step * args.sft_batch
+    episodes = args.updates * args.episodes
+    return unit * (start + EVALUATE_COST * hands + (SAMPLE_COST + TRAIN_COST * args.epochs)
+                   * episodes) / 60
+
+
 def run(args):
     """Start, evaluate, update, evaluate."""
     began = time.time()
     device = pick_device(args.device)
-    if args.inspect:
-        folder = None
-    else:
-        folder = sft.open_run(args.out or f"runs/rl-{args.task}-s{args.seed}", args, "rl")
-    print(f"PPO on {args.task}, seed {args.seed}, {args.updates} updates of {args.episodes} "
-          f"episodes, {device}, {torch.get_num_threads()} threads, into {folder}")
-    start = args.model if args.from_backbone else args.init or make_start(args)
+    cells = ["id", "ood"] if args.ood else ["id"]
+    folder = None if args.inspect else sft.open_run(
+        args.out or f"runs/rl-{args.task}-s{args.seed}", args, "rl")
+    print(f"PPO on {args.task}, seed {args.seed}: {args.updates} updates of {args.episodes} "
+          f"episodes on {device} with {torch.get_num_threads()} threads, into {folder}\nabout "
+          f"{estimate(load_backbone(args.model, device), args, cells):.0f} minutes on this machine",
+          flush=True)
     saved = checkpoints(folder) if folder and args.resume else []
+    start = args.model if args.from_backbone else args.init or make_start(args)
+
+    # --- the policy, its critic, and the optimiser of both
     backbone = load_backbone(saved[-1][1] if saved else start, device, args.grad_checkpoint)
     model = backbone.model
     head = build_value_head(model.config.get_text_config().hidden_size, args.seed).to(device)
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in model.parameters() if p.requires_grad], "lr": args.lr},
          {"params": list(head.parameters()), "lr": args.value_lr}], eps=1e-7, weight_decay=0.0)
-    counts = {"trained": 0, "sampled": 0, "init": 0}
-    first = 0
+    first, counts = 0, {"init": 0, "trained": 0, "sampled": 0}
     if saved:
-        first = saved[-1][0]
-        state = load_state(saved[-1][1])
+        first, state = saved[-1][0], load_state(saved[-1][1])
         optimizer.load_state_dict(state["optimizer"])
         head.load_state_dict(state["head"])
         counts = state["counts"]
     elif (pathlib.Path(start) / "state.pt").exists():
         counts["init"] = load_state(start).get("tokens", 0)
-    reference = None
-    if args.kl_coef > 0:
-        reference = load_backbone(start, device)
+    reference = load_backbone(start, device) if args.kl_coef > 0 else None
     size = task_parameters(model)
-    cells = ["id", "ood"] if args.ood else ["id"]
-
-    def flops():
-        """(by the paper's formula, really spent), see README eq. 6 and 7."""
-        init, trained, sampled = counts["init"], counts["trained"], counts["sampled"]
-        paper = 6 * size * (init + trained) + 2 * size * 6 * trained
-        return {"flops": paper,     # spent: sampler and scoring pass each read a token once
-                "flops_spent": 6 * size * (init + trained) + 2 * size * 2 * sampled}
-
-    def measure(step, hands, splits):
-        at = time.time()
-        results, _ = evaluate(backbone, cells, splits, hands, max_new_tokens=args.max_new_tokens)
-        measured.write({"step": step, "hands": hands} | flops() | {"cells": results})
-        print(f"evaluation after update {step} ({hands} hands a cell, "
-              f"{time.time() - at:.0f} s)")
-        show(results)
-        return results
-
     if not args.inspect:
-        metrics = Metrics(folder, resume_at=first if saved else None)
-        measured = Metrics(folder, resume_at=first if saved else None, name="eval.jsonl")
-        if not saved:
-            measure(0, args.eval_hands, ["train", args.eval_split])
+        resume_at = first if saved else None
+        metrics, measured = Metrics(folder, resume_at), Metrics(folder, resume_at, "eval.jsonl")
+
+    def measure(step, hands):
+        """Evaluate on seen and held-out hands, print, and write eval.jsonl."""
+        at = time.time()
+        results, _ = evaluate(backbone, cells, ["train", args.eval_split], hands,
+                              args.eval_temperature, max_new_tokens=args.max_new_tokens)
+        measured.write({"step": step, "hands": hands} | compute(size, counts) | {"cells": results})
+        tqdm.write(f"after update {step}, {hands} hands a cell ({time.time() - at:.0f} s):")
+        show(results)
+
+    if not saved and not args.inspect:
+        measure(0, args.eval_hands)
     bar = tqdm(range(first, args.updates), initial=first, total=args.updates, desc="ppo",
                unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     for update in bar:
+        # --- 1. collect
         clock = [time.time()]
         episodes = collect(backbone, args, update)
         clock.append(time.time())
+        # --- 2. score
         rows = conversations(episodes)
         score_all(backbone, head, rows, args.temperature, args.micro_batch)
         if reference:
-            kept = [(r["logprobs"], r["values"]) for r in rows]
-            score_all(reference, head, rows, args.temperature, args.micro_batch)
-            for r, (logprobs, values) in zip(rows, kept):
-                r["start_logprobs"], r["logprobs"], r["values"] = r["logprobs"], logprobs, values
+            copies = [dict(r) for r in rows]
+            score_all(reference, head, copies, args.temperature, args.micro_batch)
+            for r, c in zip(rows, copies):
+                r["start_logprobs"] = c["logprobs"]
+        # --- 3. advantages
         add_advantages(rows, episodes, args.gamma, args.lam)
         if update == first:
-            print(self_check(rows, episodes, backbone))
+            tqdm.write(self_check(rows, episodes, backbone))
         if args.inspect:
             return inspect(rows, episodes, backbone)
+        # --- 4. update
         numbers = ppo_update(backbone, head, optimizer, rows, args, update)
         clock.append(time.time())
+        # --- 5. log, evaluate, save
         counts["trained"] += numbers["tokens_trained"]
         counts["sampled"] += sum(len(r["ids"]) for r in rows)
-        tries = [t for e in episodes for t in e.turns]
-        values, returns = (torch.cat([r[k] for r in rows]) for k in ("values", "returns"))
-        row = {"step": update + 1,
-               "success": sum(e.terminated for e in episodes) / len(episodes),
-               "first_try": sum(e.turns[0].verdict.correct for e in episodes) / len(episodes),
-               "reward": sum(t.reward for t in tries) / len(episodes),
-               "tries": len(tries) / len(episodes),
-               "explained_variance": explained_variance(values, returns)} | numbers | flops()
-        save_checkpoint(folder / f"step-{update + 1:06d}", backbone,
-                        {"optimizer": optimizer.state_dict(), "head": head.state_dict(),
-                         "counts": counts})
-        for step, path in checkpoints(folder)[:-1]:
-            shutil.rmtree(path)                     # the newest is enough to go on from
+        row = {"step": update + 1} | summary(rows, episodes) | numbers | compute(size, counts)
         row |= {"seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
         metrics.write(row)
-        left = (time.time() - began) / (update + 1 - first) * (args.updates - update - 1)
         tqdm.write(f"update {update + 1:3d}  success {row['success']:6.1%}  reward "
                    f"{row['reward']:6.2f}  kl {row['approx_kl']:.4f}  clip {row['clipfrac']:5.1%}  "
                    f"ev {row['explained_variance']:5.2f}  entropy {row['entropy']:.3f}  "
                    f"{row['seconds_collect']:.0f}+{row['seconds_update']:.0f} s")
         last = update + 1 == args.updates
         if last or (update + 1) % args.eval_every == 0:
-            measure(update + 1, args.eval_hands if last else args.eval_hands // 4,
-                    ["train", args.eval_split])
+            measure(update + 1, args.eval_hands if last else max(1, args.eval_hands // 4))
+        # The checkpoint comes last: killed at any moment before, the run goes on from the one of
+        # the update before, drops what was written since, and writes the same again.
+        save_checkpoint(folder / f"step-{update + 1:06d}", backbone,
+                        {"optimizer": optimizer.state_dict(), "head": head.state_dict(),
+                         "counts": counts})
+        for step, path in checkpoints(folder)[:-1]:
+            shutil.rmtree(path)                     # the newest is enough to go on from
     print(f"done in {(time.time() - began) / 60:.1f} minutes. The policy is in "
           f"{folder}/step-{args.updates:06d}. Next:\n"
           f"    python evaluate.py --model {folder}/step-{args.updates:06d} --show 4")
+
+
+def summary(rows, episodes):
+    """What the training episodes of an update looked like."""
+    values, returns = (torch.cat([r[key] for r in rows]) for key in ("values", "returns"))
+    count = len(episodes)
+    return {"success": sum(e.terminated for e in episodes) / count,
+            "first_try": sum(e.turns[0].verdict.correct for e in episodes) / count,
+            "reward": sum(t.reward for e in episodes for t in e.turns) / count,
+            "tries": sum(len(e.turns) for e in episodes) / count,
+            "explained_variance": explained_variance(values, returns)}
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ class Backbone:
     before_first: str       # chat markup: before_first + PROMPT + before_answer + ANSWER <end>
     before_answer: str      #   + before_next + MESSAGE + before_answer + ANSWER <end> ...
     before_next: str
+    checkpointing: bool = False     # recompute activations in the backward pass
 
     @property
     def device(self):
@@ -146,11 +147,14 @@ def load_backbone(name, device="cpu", grad_checkpoint=False):
         raise Problem(f"--model {name}: cannot load it ({first[:200]}). Give a folder with "
                       "config.json, model.safetensors and a tokenizer, or a hub name you have "
                       "access to") from None
+    backbone = wrap_backbone(model.to(device).eval(), tokenizer, name)
     if grad_checkpoint:
         # Recompute each layer's activations in the backward pass instead of keeping them: about a
-        # third more time, a fraction of the memory, and bit-equal gradients.
-        model.gradient_checkpointing_enable()
-    return wrap_backbone(model.to(device).eval(), tokenizer, name)
+        # third more time, a fraction of the memory, and bit-equal gradients. (Newer releases of
+        # transformers renamed the call.)
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        backbone.checkpointing = True
+    return backbone
 
 
 def wrap_backbone(model, tokenizer, name="model"):
@@ -180,6 +184,9 @@ def wrap_backbone(model, tokenizer, name="model"):
     banned = {getattr(config, key, None) for key in
               ("image_token_index", "image_token_id", "video_token_id", "vision_start_token_id",
                "vision_end_token_id")}
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        raise Problem(f"--model {name}: positions in three dimensions (m-RoPE) are not supported")
     rows = model.get_output_embeddings().weight.shape[0]
     return Backbone(model, tokenizer,
                     end_ids=list(dict.fromkeys([end_id] + [i for i in listed if i is not None])),
@@ -290,7 +297,7 @@ def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
 
 
 # ------------------------------------------------------------------------------------------------
-# Run folders: checkpoints are written aside and moved into place, so a kill never leaves half of one
+# Run folders: checkpoints are written aside and moved into place: a kill never leaves half of one
 # ------------------------------------------------------------------------------------------------
 
 
@@ -378,12 +385,26 @@ class Metrics:
 # ------------------------------------------------------------------------------------------------
 
 
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps`. step counts from 0."""
+def learning_rate(step, steps, peak, warmup, cooldown=0):
+    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps`. step counts from 0.
+
+    With a cooldown the cosine aims at 1.6 * steps, and a line over the last `cooldown` steps takes
+    it to 0 at `steps`: more time at a high rate, for building a model from nothing.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+    end = 1.6 * steps if cooldown else steps
+    rate = peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, end - warmup)))
+    return rate * min(1.0, (steps - step) / cooldown) if cooldown else rate
+
+
+def learning_mode(backbone, on):
+    """Switch gradient checkpointing on for a backward pass, if it was asked for.
+
+    Hugging Face ties it to train mode; sampling in train mode with checkpointing gives wrong
+    tokens, silently. So: train mode for backward passes of checkpointed models, else eval mode.
+    """
+    backbone.model.train(on and backbone.checkpointing)
 
 
 def sft_loss(backbone, rows, micro_batch, backward=True):
@@ -394,6 +415,7 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
     of micro-batch means would weigh tokens of short batches more.)
     Returns (loss as a float, number of tokens fed). With backward=True gradients are accumulated.
     """
+    learning_mode(backbone, backward)
     total = sum(sum(mask) for _, mask in rows)
     rows = sorted(rows, key=lambda row: len(row[0]))    # neighbours of like length: little padding
     loss_sum = fed = 0
@@ -413,7 +435,7 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
 
 
 def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, resume=False,
-          probe=None, report=None, stop_at=None):
+          probe=None, report=None, stop_at=None, cooldown=0):
     """The supervised loop.
 
     draw(step) -> list of conversations, a function of the step alone, so that a resumed run sees
@@ -445,7 +467,7 @@ def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, re
                leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup)
+            group["lr"] = learning_rate(step, steps, lr, warmup, cooldown)
         rows = [encode(backbone, conversation) for conversation in draw(step)]
         loss, fed = sft_loss(backbone, rows, micro_batch)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -459,10 +481,12 @@ def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, re
             row = {"step": step + 1, "loss": sum(losses) / len(losses), "tokens": tokens,
                    "flops": 6 * count * tokens, "lr": optimizer.param_groups[0]["lr"]}
             row |= probe(backbone) if probe else {}
+            row["seconds"] = time.time() - began
+            # metrics first: killed between the two, the run goes on from the checkpoint before,
+            # and this row is written again
+            metrics.write(row)
             save_checkpoint(folder / f"step-{step + 1:06d}", backbone,
                             {"optimizer": optimizer.state_dict(), "tokens": tokens})
-            row["seconds"] = time.time() - began
-            metrics.write(row)
             losses = []
             if report:
                 report(row)
@@ -544,7 +568,7 @@ def build_backbone(folder, seed, steps, batch, lr, resume):
     """Pretrain the `gp` backbone on gp_env.backbone_conversations, deterministic from the seed."""
     tokenizer = build_tokenizer(gp_env.phrases())
     backbone = wrap_backbone(build_model(tokenizer, seed).eval(), tokenizer)
-    chunk = 16      # batches drawn at once and sorted by length, so that a batch holds little padding
+    chunk = 16      # batches drawn at once and sorted by turns, so that a batch has little padding
     drawn = {}
 
     def draw(step):
@@ -562,10 +586,11 @@ def build_backbone(folder, seed, steps, batch, lr, resume):
 
     def report(row):
         print(f"step {row['step']:6d}/{steps}  loss {row['loss']:.4f}  "
-              f"{row['tokens'] / 1e6:.1f} M tokens  {(time.time() - began) / 60:.1f} min", flush=True)
+              f"{row['tokens'] / 1e6:.1f} M tokens  {(time.time() - began) / 60:.1f} min",
+              flush=True)
 
     last = train(backbone, draw, folder, steps, lr, warmup=200, save_at=save_at,
-                 micro_batch=batch, resume=resume, report=report)
+                 micro_batch=batch, resume=resume, report=report, cooldown=int(0.4 * steps))
     bare = HERE / "backbones" / "gp"        # ships without the optimizer's state
     save_checkpoint(bare, load_backbone(last))
     return bare
@@ -604,8 +629,8 @@ def run_sft(args, folder, stop_at=None, report=None):
 
     every = args.save_every
     save_at = set(range(every, args.steps + 1, every)) | {args.start_step}
-    save_at |= {s for s in (20, 40, 60, 80, 150) if s < args.steps and every > 20}
-    return train(backbone, draw, folder, args.steps, args.lr, warmup=max(1, int(0.03 * args.steps)),
+    save_at |= {s for s in (20, 40, 80, 150) if s < args.steps and every > 20}
+    return train(backbone, draw, folder, args.steps, args.lr, warmup=max(1, int(0.01 * args.steps)),
                  save_at=save_at, micro_batch=args.micro_batch, resume=args.resume, probe=probe,
                  report=report, stop_at=stop_at)
 
@@ -634,11 +659,11 @@ def sft_flags(parser, prefix=""):
     """The flags of the supervised stage; rl.py repeats them, with a prefix, for its start."""
     group = parser.add_argument_group("supervised fine-tuning" + (" of the start" * bool(prefix)))
     for name, kind, default, text in (
-            ("steps", int, 2400, "optimiser steps of the whole run; sets the cosine's end"),
-            ("start-step", int, 100, "the checkpoint that RL starts from (paper: 400)"),
+            ("steps", int, 1300, "optimiser steps of the whole run; sets the cosine's end"),
+            ("start-step", int, 40, "the checkpoint that RL starts from (paper: 400)"),
             ("batch", int, 64, "examples a step (paper: 128)"),
-            ("lr", float, 3e-4, "peak learning rate (paper: 1e-6 at 11B)"),
-            ("save-every", int, 200, "steps between checkpoints")):
+            ("lr", float, 1e-3, "peak learning rate (paper: 1e-6 at 11B)"),
+            ("save-every", int, 100, "steps between checkpoints")):
         group.add_argument(f"--{prefix}{name}", type=kind, default=default, help=text)
 
 
@@ -656,7 +681,7 @@ def open_run(folder, args, kind):
     """Create a run folder and write args.json, or check that --resume goes on with the same run."""
     folder = pathlib.Path(folder)
     settings = {"kind": kind} | {k: v for k, v in vars(args).items()
-                                 if k not in ("resume", "out", "threads", "device")}
+                                 if k not in ("resume", "out", "threads", "device", "stop_step")}
     known = folder / "args.json"
     if known.exists():
         if not args.resume:
@@ -674,6 +699,8 @@ def open_run(folder, args, kind):
     elif args.resume and folder.exists() is False:
         raise Problem(f"--resume: there is no run in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
+    for left in list(folder.glob(".*.tmp")) + list(folder.glob(".*.old")):
+        shutil.rmtree(left, ignore_errors=True)         # half-written when a run was killed
     write_json(known, settings)
     return folder
 
@@ -685,9 +712,11 @@ def main():
     sft_flags(parser)
     parser.add_argument("--micro-batch", type=int, default=64,
                         help="examples in memory at once; does not change the result")
+    parser.add_argument("--stop-step", type=int, help="end here, on the schedule of --steps; "
+                        "--resume with a later one, or without, goes on")
     parser.add_argument("--build", choices=("gp",), help="pretrain this small backbone from "
                         "nothing into backbones/, and stop")
-    parser.add_argument("--build-steps", type=int, default=6000, help="steps of --build")
+    parser.add_argument("--build-steps", type=int, default=3000, help="steps of --build")
     args = parser.parse_args()
     check_common(args)
     if args.micro_batch < 1 or args.batch < 1 or args.save_every < 1:
@@ -706,7 +735,7 @@ def main():
         tqdm.write(f"step {row['step']:5d}  train loss {row['loss']:.4f}  held-out "
                    f"{row['id_nll']:.4f}{ood}  {row['seconds'] / 60:.1f} min")
 
-    run_sft(args, folder, report=report)
+    run_sft(args, folder, stop_at=args.stop_step, report=report)
     print(f"done. Next, play every checkpoint:\n    python evaluate.py --run {folder}"
           + (" --ood" if args.ood else ""))
 

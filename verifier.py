@@ -78,8 +78,7 @@ MAX_DEPTH = 20      # nested brackets; four numbers never need more than 3
 MAX_DIGITS = 4      # digits of one number
 
 # Signs that people and models type for the same operation. Other characters are never "repaired".
-_SAME_SIGN = str.maketrans({"×": "*", "·": "*", "∗": "*", "⋅": "*", "÷": "/", "∕": "/", "⁄": "/",
-                            "−": "-", "–": "-", "＋": "+", "＝": "="})
+_SAME_SIGN = str.maketrans("×·∗⋅÷∕⁄−–＋＝", "****///--+=")
 _TOKEN = re.compile(r"\s*([0-9]+|[^\s])")
 _FIELD = re.compile(r"""["']?\b(cards|number|numbers|formula)\b["']?\s*:""", re.IGNORECASE)
 _WORD = re.compile(r"[A-Za-z0-9]+")
@@ -89,8 +88,8 @@ class IllegalFormula(ValueError):
     """The formula breaks the grammar. `token` is where, `why` a key of ILLEGAL_WHY."""
 
     def __init__(self, token, why):
-        # A token is echoed back to the model inside the next user turn, so it is cut to something
-        # that cannot carry markup: a few plain ASCII characters.
+        # A token is echoed back to the model inside the next user turn, so it must not carry chat
+        # markup such as <|end|>: a token is a number or ONE character, and plain ASCII at that.
         self.token = "".join(c for c in token[:8] if c.isascii() and c.isprintable()) or "?"
         self.why = why
         super().__init__(GP_MESSAGES["illegal"].format(token=self.token, why=ILLEGAL_WHY[why]))
@@ -123,7 +122,7 @@ def parse_formula(text):
     """
     text = text.translate(_SAME_SIGN)
     if len(text) > MAX_FORMULA:
-        raise IllegalFormula(text[:8], "digits" if text[:9].isdigit() else "depth")
+        raise IllegalFormula(text[0], "digits" if text[:9].isdigit() else "depth")
     tokens = [m.group(1) for m in _TOKEN.finditer(text)]
     for token in tokens:
         if not (token in "+-*/()=" or token.isascii() and token.isdigit()):
@@ -233,11 +232,11 @@ def verify_gp(text, cards, numbers, target=24, picture=False):
     picture: the cards had to be read off a picture, so misreading them costs a further -1.5.
     Returns a Verdict; raises nothing, whatever `text` is.
 
-        formula for cards A 10 K 3, K = 13      kind            reward
-        (13-10)*(...)  any legal = 24           correct         +5
-        1+10+13+3=24                            wrong value     -1
-        (13-1)*(10-3)*... with a 10 too many    wrong numbers   -2
-        13++10                                  illegal         -3
+        formula for cards 2 3 J 5, J = 11       kind            reward
+        (11-3)*(5-2)=24                         correct         +5
+        11+5+3+2=24                             wrong value     -1
+        10+5*3-2=24  (J taken for 10)           wrong numbers   -2
+        11++5                                   illegal         -3
     """
     fields = read_answer(text[:MAX_ANSWER])
     cards_right = Counter(c.upper() for c in fields.get("cards", [])) == Counter(cards)

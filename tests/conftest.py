@@ -1,4 +1,31 @@
-"""Lets the tests import the modules of the repository root, wherever pytest is started."""
+"""Shared by all tests: the modules of the repository root, and a model small enough to test."""
+
+import os
 import sys
 from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"      # no test asks the network for a model
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@pytest.fixture
+def tiny():
+    """A Backbone of random weights, fresh for each test: 4 layers of width 32.
+
+    A new model is nearly uniform and hardly attends to anything, which would hide a wrong position
+    or a label one token off. So its matrices are made 8 times larger: every token matters.
+    """
+    import torch
+
+    import gp_env
+    import sft
+    torch.set_num_threads(1)            # two threads are slower than one at this size
+    tokenizer = sft.build_tokenizer(gp_env.phrases())
+    model = sft.build_model(tokenizer, 0, width=32, layers=4, crossing=(1,), heads=2, inner=64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return sft.wrap_backbone(model.eval(), tokenizer)

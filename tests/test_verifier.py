@@ -249,6 +249,7 @@ def reference_value(text):
     """
     for sign, plain in PLAIN_SIGN.items():
         text = text.replace(sign, plain)
+    # `8 3` is two numbers, so look for it before the spaces go
     if len(text) > verifier.MAX_FORMULA or re.search(r"[0-9]\s+[0-9]", text):
         return None
     left, equals, right = "".join(text.split()).partition("=")
@@ -292,7 +293,7 @@ def reference_formulas(text):
     except (ValueError, RecursionError):
         pass
     formulas = []
-    pieces = re.split("(?i:formula)", text)
+    pieces = re.split("(?i:formula)", text)                # what follows each `formula`
     for before, after in zip(pieces, pieces[1:]):
         after = after[1:] if after[:1] in ("'", '"') else after
         is_word = before[-1:].isalnum() or before[-1:] == "_"
@@ -314,12 +315,15 @@ RIGHT = [
     (["A", "3", "4", "6"], [1, 3, 4, 6], "6/(1-3/4)"),
     (["J", "Q", "4", "4"], [10, 10, 4, 4], "(10*10-4)/4"),
 ]
-HOSTILE = ["**", "//", "()", ")(", "((", "))", "--", "+-", "==", "=24=24", "e9", "0x18", "1_0", "24",
-           "024", ".0", "²", "½", "８", "٣", "Ⅷ", "×", "÷", "−", "·", "＝", "√", "!", "%", "^", "&",
-           "\x00", "\x1b[2J", "\n", "\r", "\t", "\u202e", "\u200b", "\ud800", "\U0001f0a1", "'",
-           '"', "\\", "{", "}", "[", "]", ",", ":", ";", "formula:", '"formula": "', "cards:", "eval",
-           "__import__('os')", "lambda: 24", "<|end|>", "<|user|>", "None", "NaN", "1e308", " ", "\xa0",
-           "9" * 30, "(" * 30, ")" * 30, "1+" * 120, "0", "1", "8/(3-8/3)=24"]
+HOSTILE = [
+    "**", "//", "()", ")(", "((", "))", "--", "+-", "==", "=24=24", "e9", "0x18", "1_0", "24",
+    "024", ".0", "0", "1",
+    # signs and digits of other alphabets, controls, quotes, markup, length
+    "²", "½", "８", "٣", "Ⅷ", "×", "÷", "−", "·", "＝", "√", "!", "%", "^", "&",
+    "\x00", "\x1b[2J", "\n", "\r", "\t", " ", "\xa0", "\u202e", "\u200b", "\ud800", "\U0001f0a1",
+    "'", '"', "\\", "{", "}", "[", "]", ",", ":", ";", "formula:", '"formula": "', "cards:",
+    "eval", "__import__('os')", "lambda: 24", "None", "NaN", "1e308", "<|end|>", "<|user|>",
+    "9" * 30, "(" * 30, ")" * 30, "1+" * 120, "8/(3-8/3)=24"]
 SOUP = list("0123456789+-*/()=") + ["10", "12", "13", "24", "=24", " ", "×", "÷", "−"]
 
 
@@ -338,7 +342,8 @@ def spoil(chance, text, edits):
         elif edit == 3:                                     # another sign or digit in its place
             text = text[:at] + chance.choice(SOUP) + text[at + 1:]
         elif edit == 4:                                     # move a piece to the end
-            text = text[:min(at, other)] + text[max(at, other):] + text[min(at, other):max(at, other)]
+            first, last = sorted((at, other))
+            text = text[:first] + text[last:] + text[first:last]
         else:                                               # the same in other signs, spaced out
             text = text.replace("*", " ×").replace("-", "− ").replace("/", "÷")
     return text
@@ -367,7 +372,7 @@ def wrap(chance, formula):
 
 
 def random_answer(chance, right):
-    """A whole answer with something wrong outside the formula: cut, joined, spoilt, or just noise."""
+    """A whole answer that goes wrong outside the formula: cut, joined, spoilt, or noise."""
     formula = random_formula(chance, right)
     answer = wrap(chance, formula)
     way = chance.randrange(6)
@@ -381,7 +386,8 @@ def random_answer(chance, right):
         noise = chance.randbytes(chance.randrange(60))
         return noise.decode(chance.choice(["latin-1", "utf-16-le", "utf-8"]), "replace") + right
     if way == 4:
-        return chance.choice(["[", "{", "(", '{"formula":', '[{"a":']) * chance.randrange(1500) + answer
+        opening = chance.choice(["[", "{", "(", '{"formula":', '[{"a":'])
+        return opening * chance.randrange(1500) + answer
     return spoil(chance, answer, chance.randrange(1, 6))
 
 
@@ -463,7 +469,7 @@ def test_messages_are_short_plain_text():
         assert message.isascii() and message.isprintable() and 0 < len(message) < 120
 
 
-@pytest.mark.parametrize("markup", ["<|end|>", "<|user|>", "<|pad|>", "<|image|>", "</s>", "[INST]"])
+@pytest.mark.parametrize("markup", ["<|end|>", "<|user|>", "<|image|>", "</s>", "[INST]"])
 def test_messages_carry_no_chat_markup(markup):
     """An answer ends its own turn: markup in it comes back inside the next user turn."""
     for text in (markup, markup + "8/(3-8/3)=24", "8/(3-8/3)=24" + markup, markup * 20,

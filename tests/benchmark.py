@@ -1,0 +1,176 @@
+"""What playing with a cache and scoring whole conversations saves: a stopwatch, not a test.
+
+One PPO update is done twice in this one process: same model, same hands, same temperature, same
+number of epochs and of optimiser steps.
+
+  (a) this repository: the attention cache is kept from try to try (evaluate.play), and one row
+      holds all tries of an episode (rl.conversations)
+  (b) batched, but naive: before every try generate() reads the whole conversation from its
+      beginning, padded on the left; then every try is a training row of its own, with everything
+      that was said before it
+
+Both sample by chance, so their token counts differ a little: they are printed too.
+
+    python tests/benchmark.py                                   256 episodes, the shipped backbone
+    python tests/benchmark.py --episodes 32 --threads 1         a quick look
+"""
+
+import argparse
+import copy
+import json
+import pathlib
+import sys
+import time
+from unittest import mock
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+import evaluate  # noqa: E402
+import gp_env  # noqa: E402
+import rl  # noqa: E402
+import sft  # noqa: E402
+
+
+def run_settings(episodes):
+    """The flags of rl.py with their defaults, read by its own parser."""
+    flags = ["rl.py", "--episodes", str(episodes)]
+    with mock.patch("rl.run") as run, mock.patch("sys.argv", flags):
+        rl.main()
+    return run.call_args.args[0]
+
+
+def games(args):
+    """Environments and seeds of the first update."""
+    envs = [gp_env.GeneralPoints(split=args.split, tries=args.tries) for _ in range(args.episodes)]
+    return envs, [[1, args.seed, 0, i] for i in range(args.episodes)]
+
+
+def play_cached(backbone, args):
+    """(a) Returns (episodes, rows)."""
+    episodes = evaluate.play(backbone, *games(args), args.temperature, args.max_new_tokens,
+                             torch.Generator(backbone.device).manual_seed(args.seed))
+    return episodes, rl.conversations(episodes)
+
+
+@torch.no_grad()
+def play_naive(backbone, args):
+    """(b) Returns (episodes, rows), one row for each try."""
+    device, end = backbone.device, backbone.end_ids
+    envs, seeds = games(args)
+    episodes, said, rows = [], [], []
+    for env, seed in zip(envs, seeds):
+        observation, _ = env.reset(seed)
+        episodes.append(evaluate.Episode(env, observation["text"]))
+        said.append(sft.user_ids(backbone, observation["text"], first=True))
+    playing = list(range(len(envs)))
+    while playing:
+        width = max(len(said[e]) for e in playing)
+        ids = torch.tensor([[end[0]] * (width - len(said[e])) + said[e] for e in playing])
+        inside = torch.tensor([[0] * (width - len(said[e])) + [1] * len(said[e])
+                               for e in playing])
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out = backbone.model.generate(
+                input_ids=ids.to(device), attention_mask=inside.to(device), do_sample=True,
+                temperature=args.temperature, top_k=0, top_p=1.0, eos_token_id=end,
+                pad_token_id=end[0], max_new_tokens=args.max_new_tokens)[:, width:].tolist()
+        stay = []
+        for e, answer in zip(playing, out):
+            ends = [i for i, token in enumerate(answer) if token in end]
+            answer = answer[:ends[0] + 1] if ends else answer
+            k = len(episodes[e].turns)
+            rows.append({"ids": said[e] + answer, "mask": [0] * len(said[e]) + [1] * len(answer),
+                         "ends": [len(said[e]) - 1], "tries": [(e, k)]})
+            text = backbone.tokenizer.decode(answer, skip_special_tokens=True)
+            observation, reward, terminated, truncated, info = envs[e].step(text)
+            episodes[e].turns.append(evaluate.Turn(said[e], answer, [], text, reward,
+                                                   observation["text"], info["verdict"], True))
+            episodes[e].terminated, episodes[e].truncated = terminated, truncated
+            if not (terminated or truncated):
+                stay.append(e)
+                said[e] = said[e] + answer + ([] if ends else end[:1]) + sft.user_ids(
+                    backbone, observation["text"], first=False)
+        playing = stay
+    return episodes, rows
+
+
+def stopwatch(device):
+    """The time, once the device has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def one_update(backbone, args, play):
+    """Play and learn once, on a copy of the model. Returns a dict of seconds and counts."""
+    backbone = copy.deepcopy(backbone)
+    model, device = backbone.model, backbone.device
+    hidden = model.config.get_text_config().hidden_size
+    head = rl.build_value_head(hidden, args.seed).to(device)
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "lr": args.lr},
+                                   {"params": list(head.parameters()), "lr": args.value_lr}],
+                                  eps=1e-7, weight_decay=0.0)
+    clock = [stopwatch(device)]
+    episodes, rows = play(backbone, args)
+    clock.append(stopwatch(device))
+    rl.score_all(backbone, head, rows, args.temperature, args.micro_batch)
+    clock.append(stopwatch(device))
+    rl.add_advantages(rows, episodes, args.gamma, args.lam)
+    # as many optimiser steps for (b) as for (a), whose rows hold all tries of an episode
+    share = argparse.Namespace(**vars(args))
+    share.minibatch = -(-len(rows) * args.minibatch // args.episodes)
+    numbers = rl.ppo_update(backbone, head, optimizer, rows, share, 0)
+    clock.append(stopwatch(device))
+    collect, score, update = (b - a for a, b in zip(clock, clock[1:]))
+    return {"collect": collect, "score": score, "update": update, "whole": clock[-1] - clock[0],
+            "rows": len(rows), "tries": sum(len(e.turns) for e in episodes),
+            "tokens sampled": sum(sum(r["mask"]) for r in rows),
+            "tokens trained": numbers["tokens_trained"]}
+
+
+def main():
+    """Time both, print a table."""
+    parser = argparse.ArgumentParser(description="Time one PPO update, cached against naive.")
+    parser.add_argument("--episodes", type=int, default=256, help="default 256, as in rl.py")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
+    parser.add_argument("--model", help="checkpoint (default: the shipped backbone, or a random "
+                        "model of its size if there is none)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--out", help="JSON file for the numbers")
+    asked = parser.parse_args()
+    if asked.episodes < 1 or asked.threads < 0:
+        raise sft.Problem("--episodes must be at least 1, --threads at least 0")
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    device = sft.pick_device(asked.device)
+    name = asked.model or str(sft.DEFAULT_MODEL["gp-l"])
+    if asked.model or pathlib.Path(name).exists():
+        backbone = sft.load_backbone(name, device)
+    else:
+        name = "a random model of the backbone's size"
+        tokenizer = sft.build_tokenizer(gp_env.phrases())
+        model = sft.build_model(tokenizer, 0).to(device).eval()
+        backbone = sft.wrap_backbone(model, tokenizer)
+    args = run_settings(asked.episodes)
+    print(f"{name} on {device} with {torch.get_num_threads()} threads: {args.episodes} episodes of "
+          f"up to {args.tries} tries, {args.epochs} epochs, temperature {args.temperature}")
+    for play in (play_cached, play_naive):      # the first calls of a process are slower
+        one_update(backbone, run_settings(2), play)
+    results = {"cached": one_update(backbone, args, play_cached)}
+    torch.manual_seed(args.seed)                # generate() draws from torch's global generator
+    results["naive"] = one_update(backbone, args, play_naive)
+    print(f"{'':16s}{'cached (a)':>14s}{'naive (b)':>14s}{'b / a':>9s}")
+    for part, a in results["cached"].items():
+        b = results["naive"][part]
+        figure = ",.0f" if isinstance(a, int) else ".2f"
+        unit = "" if isinstance(a, int) else ", s"
+        print(f"{part + unit:16s}{a:14{figure}}{b:14{figure}}{b / a:9.2f}")
+    if asked.out:
+        sft.write_json(asked.out, {"model": name, "device": str(device),
+                                   "threads": torch.get_num_threads(),
+                                   "episodes": args.episodes, "epochs": args.epochs} | results)
+
+
+if __name__ == "__main__":
+    sys.exit(sft.guarded(main))

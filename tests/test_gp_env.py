@@ -1,0 +1,478 @@
+"""Tests of gp_env.py: the game, its solver, the splits, the environment, the training text.
+
+The solver is compared with a brute force that shares no line with it, and all training text is read
+back from the words that a model sees, not from the objects that the code keeps.
+
+    python -m pytest tests/test_gp_env.py
+"""
+
+import doctest
+import itertools
+import json
+import re
+import string
+import subprocess
+import sys
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gp_env
+from gp_env import (OTHER_PROMPTS, RANKS, RULES, GeneralPoints, Hand, backbone_conversations,
+                    card_numbers, deal, expert_answer, expert_conversation, prompt, solutions,
+                    solvable, split_of)
+from verifier import parse_formula, verify_gp
+
+ROOT = Path(gp_env.__file__).parent
+ALL_HANDS = list(itertools.combinations_with_replacement(RANKS, 4))             # 1,820 of 13 names
+ALL_NUMBERS = list(itertools.combinations_with_replacement(range(1, 14), 4))    # 1,820 of 1..13
+SPADES = ("spades",) * 4
+
+# ------------------------------------------------------------------------------------------------
+# The solver
+# ------------------------------------------------------------------------------------------------
+
+
+def can_make(numbers, target):
+    """Brute force, another way than the solver: put two numbers together until one is left."""
+    if len(numbers) == 1:
+        return numbers[0] == target
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        x, y = numbers[i], numbers[j]
+        results = [x + y, x - y, x * y] + ([x / y] if y else [])
+        if any(can_make(rest + [result], target) for result in results):
+            return True
+    return False
+
+
+def some_numbers(count, seed):
+    """`count` random hands of numbers 1..13, and two that need fractions."""
+    drawn = np.random.default_rng(seed).integers(1, 14, size=(count, 4)).tolist()
+    return drawn + [[8, 3, 8, 3], [1, 5, 5, 5]]
+
+
+@pytest.mark.parametrize("target, count", [(24, 30), (0, 20)])
+def test_solver_agrees_with_brute_force(target, count):
+    """The solver misses a shape of brackets or an order, or lets a division by zero through."""
+    agreed = Counter()
+    for numbers in some_numbers(count, seed=target):
+        expected = can_make([Fraction(n) for n in numbers], target)
+        assert solvable(numbers, target) == expected, numbers
+        assert bool(solutions(numbers, target)) == expected, numbers
+        agreed[expected] += 1
+    assert agreed[True] > 0 and agreed[False] > 0
+
+
+@pytest.mark.parametrize("target", [24, 0])
+def test_every_solution_makes_the_target_with_each_number_once(target):
+    """A bracket is left out where arithmetic needs it: SFT would teach wrong equations.
+
+    Target 0 is for the division by zero: 8/(3/(8-8)) must not count as 8 over infinity.
+    """
+    checked = 0
+    for numbers in some_numbers(30, seed=5):
+        for formula in solutions(numbers, target):
+            value, used, _ = parse_formula(formula)
+            assert value == target and sorted(used) == sorted(numbers), (numbers, formula)
+            checked += 1
+    assert checked > 100
+
+
+def test_solutions_are_distinct_and_ignore_the_order_of_the_hand():
+    """A formula that is listed twice is twice as likely to be the expert's."""
+    for numbers in some_numbers(10, seed=6):
+        found = solutions(numbers)
+        assert len(set(found)) == len(found)
+        assert solutions(numbers[::-1]) == found
+
+
+def test_known_numbers_of_solvable_hands():
+    """The solver errs on a few hands that no sample meets. The counts are well known."""
+    assert sum(solvable(numbers) for numbers in ALL_NUMBERS) == 1362
+    assert sum(solvable(numbers) for numbers in ALL_NUMBERS if max(numbers) <= 10) == 566
+
+
+# ------------------------------------------------------------------------------------------------
+# Cards, rules, splits
+# ------------------------------------------------------------------------------------------------
+
+
+def test_card_numbers():
+    """The OOD rule is the training rule under another name, or an ace is not 1."""
+    assert card_numbers(["A", "2", "10", "J"], RULES["ten"]) == [1, 2, 10, 10]
+    assert card_numbers(["J", "Q", "K", "9"], RULES["ten"]) == [10, 10, 10, 9]
+    assert card_numbers(["J", "Q", "K", "9"], RULES["face"]) == [11, 12, 13, 9]
+    assert Hand(("K", "A", "J", "Q"), SPADES, (13, 11, 12)).numbers == [12, 1, 13, 11]
+
+
+def as_ten(cards):
+    """The cards with 10 for J, Q and K: what the training rule can tell apart."""
+    return tuple(sorted("10" if c in "JQK" else c for c in cards))
+
+
+def test_split_sizes():
+    """A split is empty, or its share of the 715 training hands is not 70, 10 and 20 %."""
+    names = [n for n in RANKS if n not in "JQK"]
+    sizes = Counter(map(split_of, itertools.combinations_with_replacement(names, 4)))
+    assert sizes == {"train": 501, "val": 71, "test": 143}
+
+
+def test_split_sees_neither_court_cards_nor_order():
+    """The same arithmetic stands on both sides: J Q K and 10 are one card to the training rule."""
+    for cards in ALL_HANDS:
+        assert split_of(cards) == split_of(as_ten(cards)) == split_of(cards[::-1]), cards
+
+
+def leaking_hands(split):
+    """Hands of numbers (training rule) that `split`, a function of cards, puts on both sides."""
+    sides = {}
+    for cards in ALL_HANDS:
+        sides.setdefault(as_ten(cards), set()).add(split(cards))
+    return [numbers for numbers, where in sides.items() if len(where) > 1]
+
+
+def test_a_split_by_card_names_would_leak():
+    """The tempting split, by names: this one trains on A 3 10 10 and tests on A 3 J K."""
+    hands = {cards: i for i, cards in enumerate(ALL_HANDS)}
+    order = np.random.default_rng(24).permutation(len(hands))
+
+    def by_names(cards):
+        return "test" if order[hands[cards]] < len(hands) // 5 else "train"
+
+    assert len(leaking_hands(by_names)) > 100
+    assert leaking_hands(split_of) == []
+    trained, tested = ("A", "3", "10", "10"), ("A", "3", "J", "K")
+    assert (by_names(trained), by_names(tested)) == ("train", "test")
+    assert card_numbers(trained, RULES["ten"]) == card_numbers(tested, RULES["ten"])
+    assert split_of(trained) == split_of(tested)
+
+
+@pytest.mark.parametrize("rule, face, suits, split", [
+    ("ten", False, "all", "train"), ("face", True, "all", "test"), ("ten", True, "red", "val"),
+    ("face", False, "black", "all"), ((12, 13, 11), True, "black", "train")])
+def test_deal_honours_every_condition(rule, face, suits, split):
+    """A hand of another split, rule or colour is dealt, or a card twice, or an unsolvable hand."""
+    rng = np.random.default_rng(7)
+    seen = set()
+    for _ in range(100):
+        hand = deal(rng, rule=rule, face=face, suits=suits, split=split)
+        assert hand.rule == (RULES[rule] if isinstance(rule, str) else rule)
+        assert set(hand.suits) <= set(gp_env.SUITS[suits])
+        assert len(set(zip(hand.cards, hand.suits))) == 4
+        assert not face or set(hand.cards) & {"J", "Q", "K"}
+        assert split in ("all", split_of(hand.cards))
+        assert hand.target == 24 and solutions(hand.numbers)
+        seen.add(hand.cards)
+    assert len(seen) > 50
+    assert all(set(cards) & {"J", "Q", "K"} for cards in seen) == face     # no court card: allowed
+    if split == "all":
+        drawn = [deal(rng, rule=rule, suits=suits, split=split) for _ in range(100)]
+        assert {split_of(hand.cards) for hand in drawn} == {"train", "val", "test"}
+
+
+def test_deal_without_solution_says_so():
+    """Dealing for an impossible target never ends."""
+    with pytest.raises(ValueError, match="target"):
+        deal(np.random.default_rng(0), target=99_999)
+
+
+def test_same_seed_same_hand():
+    """A hand depends on what was dealt before: evaluations of two models play different hands."""
+    first, second = (GeneralPoints(rule="face", face=True, split="test") for _ in range(2))
+    for seed in range(5):
+        second.reset([1000, seed])                          # another history
+    for seed in range(20):
+        (seen, info), (again, info_again) = first.reset([5, seed]), second.reset([5, seed])
+        assert seen == again and info["hand"] == info_again["hand"]
+    assert len({first.reset(seed)[1]["hand"] for seed in range(20)}) > 15
+
+
+# ------------------------------------------------------------------------------------------------
+# Training text. It is read back from the words: a prompt template becomes a regular expression.
+# ------------------------------------------------------------------------------------------------
+
+
+def template_pattern(template):
+    """Regular expression that reads the slots of a prompt template back."""
+    slots = {"cards": r"(?P<cards>[AJQK0-9, ]+)", "ask": r".*"}
+    pattern, named = "", set()
+    for fixed, slot, _, _ in string.Formatter().parse(template):
+        pattern += re.escape(fixed)
+        if slot is not None:
+            number = rf"(?P={slot})" if slot in named else rf"(?P<{slot}>\d+)"
+            pattern += slots.get(slot, number)
+            named.add(slot)
+    return re.compile(pattern, re.DOTALL)
+
+
+PATTERNS = [template_pattern(template) for template in OTHER_PROMPTS]
+
+
+def read_prompt(text):
+    """(cards, rule, target) that a first user turn states in words."""
+    found = [match for match in (p.fullmatch(text) for p in PATTERNS) if match]
+    assert len(found) == 1, text
+    slots = found[0].groupdict()
+    cards = slots["cards"].split(", ")
+    assert len(cards) == 4 and set(cards) <= set(RANKS)
+    return cards, tuple(int(slots[name]) for name in "jqk"), int(slots["target"])
+
+
+def read_equation(text):
+    """(formula, stated result) of the one equation in an answer, whichever way round it is."""
+    equations = re.findall(r"([0-9+*/()-]+)=([0-9+*/()-]+)", text)
+    assert len(equations) == 1, text
+    left, right = equations[0]
+    return (right, int(left)) if left.isdigit() else (left, int(right))
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """3,000 conversations of the backbone's corpus."""
+    return backbone_conversations(np.random.default_rng(8), 3000)
+
+
+def test_test_hands_never_appear_in_expert_conversations():
+    """Test hands leak into SFT: held-out accuracy then measures memory."""
+    rng = np.random.default_rng(9)
+    for i in range(1500):
+        how = [{}, {"rule": "face", "face": True}, {"suits": "black"}][i % 3]   # split: the default
+        cards, rule, target = read_prompt(expert_conversation(rng, **how)[0]["content"])
+        assert split_of(cards) == "train", cards
+        assert rule == RULES[how.get("rule", "ten")] and target == 24
+
+
+def test_test_hands_never_appear_in_the_backbone_corpus(corpus):
+    """Test hands leak into pretraining, where nobody looks for them."""
+    hands = [read_prompt(turns[0]["content"])[0] for turns in corpus]
+    assert {split_of(cards) for cards in hands} == {"train"}
+    # and the corpus is broad enough for this to mean something: most training hands are met
+    assert len(set(map(as_ten, hands))) > 400
+
+
+def test_no_answer_of_the_backbone_corpus_earns_a_reward(corpus):
+    """Pretraining gives away the answer format, and SFT looks useless: RL learns without it."""
+    answers = 0
+    for turns in corpus:
+        cards, rule, target = read_prompt(turns[0]["content"])
+        numbers = card_numbers(cards, rule)
+        for turn in turns:
+            if turn["role"] == "assistant":
+                verdict = verify_gp(turn["content"], cards, numbers, target)
+                assert not verdict.correct, turn["content"]
+                answers += 1
+        # the formula is right, it is the notation that the verifier refuses
+        formula, _ = read_equation(turns[-1]["content"])
+        hand = Hand(tuple(cards), SPADES, rule, target)
+        assert verify_gp(expert_answer(hand, formula), cards, numbers, target).correct
+    assert answers > len(corpus)
+
+
+def test_learned_answers_of_the_backbone_corpus_are_true(corpus):
+    """The corpus teaches wrong arithmetic, another rule than the stated one, or a wrong try."""
+    for turns in corpus:
+        cards, rule, target = read_prompt(turns[0]["content"])
+        assert [turn["learn"] for turn in turns] == [False] * (len(turns) - 1) + [True]
+        worth = dict(zip("JQK", rule)) | {"A": 1}
+        numbers = sorted(worth[c] if c in worth else int(c) for c in cards)
+        formula, stated = read_equation(turns[-1]["content"])
+        value, used, _ = parse_formula(formula)
+        assert value == target == stated and sorted(used) == numbers, turns
+
+
+def test_backbone_corpus_turns_and_rules(corpus):
+    """Turns do not alternate, nobody ever revises, or the corpus knows one rule only."""
+    revised = 0
+    for turns in corpus:
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+        for turn in turns[2::2]:
+            assert re.fullmatch(r"Not right: .+\. Try again\.", turn["content"])
+        revised += len(turns) > 2
+    assert 0.2 < revised / len(corpus) < 0.3                # a quarter, 6 standard deviations wide
+    rules = [read_prompt(turns[0]["content"])[1] for turns in corpus]
+    for court_card in zip(*rules):
+        assert set(court_card) == {10, 11, 12, 13}
+
+
+def test_corpus_and_experts_depend_on_the_generator_only():
+    """A global random state slips in: the same seed no longer gives the same training data."""
+    twice = [backbone_conversations(np.random.default_rng(10), 50) for _ in range(2)]
+    assert twice[0] == twice[1]
+    first, second = np.random.default_rng(10), np.random.default_rng(10)
+    for _ in range(50):
+        assert expert_conversation(first) == expert_conversation(second)
+
+
+@pytest.mark.parametrize("rule", ["ten", "face"])
+def test_expert_answers_are_strict_json_and_right(rule):
+    """SFT teaches an answer that the verifier would not pay, or a field that is not true."""
+    rng = np.random.default_rng(11)
+    for _ in range(300):
+        question, answer = expert_conversation(rng, rule=rule, face=rule == "face")
+        assert (question["role"], question["learn"]) == ("user", False)
+        assert (answer["role"], answer["learn"]) == ("assistant", True)
+        cards, stated, target = read_prompt(question["content"])
+        fields = json.loads(answer["content"])
+        assert list(fields) == ["cards", "number", "formula"]
+        numbers = card_numbers(cards, stated)
+        assert (fields["cards"], fields["number"]) == (cards, numbers)
+        assert fields["formula"].endswith(f"={target}")
+        verdict = verify_gp(answer["content"], cards, numbers, target, picture=True)
+        assert (verdict.kind, verdict.reward) == ("correct", 5.0)
+        assert verdict.cards_right and verdict.numbers_right
+
+
+def test_phrases_are_distinct_and_cover_the_prompt():
+    """A phrase gets two tokens, or a template was added whose words cost a token a letter."""
+    pieces = gp_env.phrases()
+    assert len(set(pieces)) == len(pieces)
+    hand = Hand(("A", "2", "3", "4"), SPADES, RULES["ten"])
+    longest_first = sorted(pieces, key=len, reverse=True)
+    rest = re.sub("|".join(map(re.escape, longest_first)), "", prompt(hand))
+    assert rest == "A234"                                   # only the cards are left
+
+
+# ------------------------------------------------------------------------------------------------
+# The environment
+# ------------------------------------------------------------------------------------------------
+
+
+def right_answer(hand):
+    """An answer that earns +5."""
+    return expert_answer(hand, solutions(hand.numbers, hand.target)[0])
+
+
+def test_reset_returns_observation_and_info():
+    """A key that the agent needs is missing, or the prompt is of another hand than the score."""
+    observation, info = GeneralPoints(rule="face", face=True).reset(3)
+    assert set(observation) == {"text", "image", "new_conversation"}
+    assert observation["new_conversation"] is True and observation["image"] is None
+    assert observation["text"] == prompt(info["hand"])
+    assert read_prompt(observation["text"]) == (list(info["hand"].cards), (11, 12, 13), 24)
+
+
+def test_a_right_answer_terminates():
+    """Success is reported as truncation: GAE would bootstrap a value after the end."""
+    env = GeneralPoints()
+    _, info = env.reset(0)
+    result = env.step(right_answer(info["hand"]))
+    assert len(result) == 5
+    observation, reward, terminated, truncated, info = result
+    assert (reward, terminated, truncated) == (5.0, True, False)
+    assert (observation["text"], observation["new_conversation"]) == ("Correct.", False)
+    assert info["verdict"].correct and info["hand"] is env.hand
+
+
+@pytest.mark.parametrize("tries", [1, 2, 5])
+def test_failures_truncate_and_the_last_one_costs_once(tries):
+    """The -1 for running out of tries is paid at every try, never, or one try too late."""
+    env = GeneralPoints(tries=tries)
+    for seed in range(2):                                   # the second episode starts afresh
+        env.reset(seed)
+        steps = [env.step("no idea")[1:4] for _ in range(tries)]
+        assert steps == [(-3.0, False, False)] * (tries - 1) + [(-4.0, False, True)]
+
+
+def test_success_on_the_last_try_is_no_truncation():
+    """An episode ends both ways at once, and its last reward is 4 instead of 5."""
+    env = GeneralPoints(tries=2)
+    _, info = env.reset(1)
+    env.step("no idea")
+    assert env.step(right_answer(info["hand"]))[1:4] == (5.0, True, False)
+
+
+def test_a_failed_try_returns_the_message_of_the_verifier():
+    """The next turn does not say what was wrong, so revising is guessing."""
+    env = GeneralPoints()
+    _, info = env.reset(2)
+    numbers = "+".join(map(str, info["hand"].numbers))
+    observation, reward, *_, info = env.step(f"formula: {numbers}={sum(info['hand'].numbers)}")
+    assert sum(info["hand"].numbers) != 24 and reward == -1.0
+    assert observation["text"] == (f"Not right: the formula gives {sum(info['hand'].numbers)}, "
+                                   "not 24. Try again.")
+    assert observation["new_conversation"] is False
+    assert prompt(info["hand"]) not in observation["text"]
+
+
+def test_the_fake_probe_pays_the_old_rule():
+    """The probe scores by the stated rule, so memorising and reading cannot be told apart."""
+    env = GeneralPoints(rule="face", face=True, split="test", scoring_rule="ten")
+    probed = 0
+    for seed in range(60):
+        observation, info = env.reset(seed)
+        cards, face_numbers = info["hand"].cards, info["hand"].numbers
+        old_numbers = card_numbers(cards, RULES["ten"])
+        assert read_prompt(observation["text"])[1] == (11, 12, 13)
+        if not solvable(old_numbers):
+            continue
+        # a face card never counts 10 under the stated rule, so no formula is right under both
+        obeys, memorised = solutions(face_numbers)[0], solutions(old_numbers)[0]
+        assert env.step(f"formula: {obeys}=24")[1:3] == (-2.0, False)
+        assert env.step(f"formula: {memorised}=24")[1:3] == (5.0, True)
+        probed += 1
+    assert probed > 20
+
+
+def test_step_before_reset_is_refused():
+    """A forgotten reset fails later, in a place that does not name the cause."""
+    with pytest.raises(RuntimeError, match="reset"):
+        GeneralPoints().step("formula: 1")
+
+
+def test_docstring_examples():
+    """An example in a docstring no longer shows what the code does."""
+    tried = doctest.testmod(gp_env)
+    assert tried.attempted > 0 and tried.failed == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------
+
+
+def run_game(*flags, typed=""):
+    """`python gp_env.py flags`, with `typed` on its standard input."""
+    return subprocess.run([sys.executable, "gp_env.py", *flags], input=typed, cwd=ROOT, text=True,
+                          capture_output=True, timeout=300)
+
+
+def test_game_can_be_won_and_ends_there():
+    """The terminal game shows one hand and scores another, or goes on after success."""
+    hand = GeneralPoints(rule="face", face=True, split="all").reset(3)[1]["hand"]
+    formula = solutions(hand.numbers)[0]
+    game = run_game("--rule", "face", "--seed", "3", typed=f"1+1\n{formula}=24\n{formula}=24\n")
+    assert game.returncode == 0 and game.stderr == ""
+    assert prompt(hand) in game.stdout
+    rewards = re.findall(r"\[([-+]\d\.\d)\]", game.stdout)
+    assert rewards == ["-2.0", "+5.0"] and "One solution" not in game.stdout
+
+
+def test_giving_up_shows_a_solution():
+    """The end of the input raises EOFError."""
+    hand = GeneralPoints(split="all").reset(0)[1]["hand"]
+    game = run_game("--seed", "0")
+    assert game.returncode == 0 and game.stderr == ""
+    assert f"One solution: {solutions(hand.numbers)[0]}" in game.stdout
+
+
+def test_solve_prints_all_solutions():
+    """--solve starts a game, or prints nothing where there is no solution."""
+    game = run_game("--solve", "8", "3", "8", "3")
+    assert (game.returncode, game.stdout) == (0, "8/(3-8/3)\n")
+    game = run_game("--solve", "1", "1", "1", "1")
+    assert (game.returncode, game.stdout) == (0, "no solution\n")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--seed", "-1"], ["--seed", "x"], ["--rule", "jack"], ["--solve", "0", "1", "2", "3"],
+    ["--solve", "1", "2", "3", "14"], ["--solve", "1", "2"], ["--target", "99999"],
+    ["--no-such-flag"]], ids=" ".join)
+def test_bad_flags_are_explained(flags):
+    """A mistyped flag ends in a traceback instead of one line that says what is wrong."""
+    game = run_game(*flags)
+    assert game.returncode == 2 and game.stdout == ""
+    assert "error: " in game.stderr and "Traceback" not in game.stderr
