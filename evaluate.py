@@ -400,6 +400,42 @@ def curve(runs, kind, cell, measure_name="success"):
             for _, p in sorted(points.items()) if len(p) == most]
 
 
+def gain(hits, count, hits_before, count_before, z=1.96):
+    """Difference of two rates with its 95 % interval (Newcombe 1998, from two Wilson intervals)."""
+    p, q = hits / count, hits_before / count_before
+    (low_p, high_p), (low_q, high_q) = wilson(hits, count, z), wilson(hits_before, count_before, z)
+    return (p - q, p - q - math.hypot(p - low_p, high_q - q),
+            p - q + math.hypot(high_p - p, q - low_q))
+
+
+def table(runs):
+    """A Markdown table: start, end of SFT and of RL; mean (lowest-highest) over seeds.
+
+    The gains pool the hands of all seeds. Hands repeat between seeds and share numbers, so the
+    intervals are about sampling, and a little narrow.
+    """
+    ends = {"start": [rows[0] for kind, _, rows in runs if kind == "rl"],
+            "SFT": [rows[-1] for kind, _, rows in runs if kind == "sft"],
+            "RL": [rows[-1] for kind, _, rows in runs if kind == "rl"]}
+    names = [n for n in ends if ends[n]]
+    lines = ["| success within five tries | " + " | ".join(names) + " | " + " | ".join(
+        f"{n} - start, 95 % interval" for n in names[1:]) + " |", "|---" * (2 * len(names)) + "|"]
+    for cell, measure_name in [(c, m) for m in ("success", "numbers_read")
+                               for c in (ends["RL"] or ends["SFT"])[0]["cells"]]:
+        line = [cell if measure_name == "success" else f"{cell}, numbers read right"]
+        for name in names:
+            rates = [100 * row["cells"][cell][measure_name] for row in ends[name]]
+            line.append(f"{sum(rates) / len(rates):.1f} ({min(rates):.1f}-{max(rates):.1f})")
+        pooled = {n: [(row["cells"][cell][measure_name] * row["hands"], row["hands"])
+                      for row in ends[n]] for n in names}
+        pooled = {n: [sum(x) for x in zip(*pairs)] for n, pairs in pooled.items()}
+        for name in names[1:]:
+            line.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(
+                *(100 * x for x in gain(*pooled[name], *pooled["start"]))))
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
 def plot(folder, path):
     """Success against training compute, ID and OOD, SFT and RL, as in the paper's Fig. 5."""
     runs = read_runs(folder)
@@ -417,6 +453,7 @@ def plot(folder, path):
                            "y_label": "%", "series": series})
     seeds = {seed for _, seed, _ in runs}
     draw_panels(panels, path, f"GeneralPoints, text: mean and range over {len(seeds)} seeds")
+    print(table(runs))
 
 
 def draw_panels(panels, path, title=""):
