@@ -36,8 +36,8 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 import gp_env
-from sft import (DEFAULT_MODEL, TASKS, Problem, checkpoints, guarded, load_backbone, pick_device,
-                 user_ids, write_json)
+from sft import (DEFAULT_MODEL, TASKS, Metrics, Problem, check_flags, checkpoints, guarded,
+                 load_backbone, pick_device, read_lines, user_ids, write_json)
 
 EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same for every model
 
@@ -374,7 +374,11 @@ def read_runs(folder):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             rows.sort(key=lambda row: row["step"])
             runs.append((args["kind"], args["seed"], rows))
-        except (OSError, ValueError, KeyError) as error:
+            for row in rows:                        # every number that a figure or table asks for
+                float(row["flops_spent"]), int(row["hands"])
+                for m in row["cells"].values():
+                    float(m["success"]), float(m["numbers_read"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Problem(f"{path.parent}: not a run this script can read ({error})") from None
     if not runs:
         raise Problem(f"{folder}: no eval.jsonl below it; make one with rl.py, or with "
@@ -387,17 +391,20 @@ def curve(runs, kind, cell, measure_name="success"):
 
     Both arms begin at the same checkpoint, which the RL runs measured as their step 0.
     """
-    points = {}
+    points, seeds = {}, {}
     for run_kind, _, rows in runs:
         for row in rows:
             start = run_kind == "rl" and row["step"] == 0
             if (run_kind == kind or start) and cell in row["cells"]:
-                points.setdefault(row["step"], []).append(
+                at = 0 if start else row["step"]
+                points.setdefault(at, []).append(
                     (row["flops_spent"], 100 * row["cells"][cell][measure_name]))
-    most = max(map(len, points.values()), default=0)        # steps that every seed was measured at
+                if not start:
+                    seeds[at] = seeds.get(at, 0) + 1
+    most = max(seeds.values(), default=0)           # steps that every seed was measured at
     return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p),
              min(y for _, y in p), max(y for _, y in p))
-            for _, p in sorted(points.items()) if len(p) == most]
+            for at, p in sorted(points.items()) if most and seeds.get(at, most) == most]
 
 
 def gain(hits, count, hits_before, count_before, z=1.96):
@@ -615,10 +622,10 @@ def evaluate_run(args, cells, splits, device):
     if not found:
         raise Problem(f"--run {args.run}: no checkpoints step-* there")
     path = pathlib.Path(args.run) / "eval.jsonl"
-    done = {json.loads(line)["step"] for line in path.read_text().splitlines()} \
-        if path.exists() else set()
-    metrics = {row["step"]: row for row in map(
-        json.loads, (pathlib.Path(args.run) / "metrics.jsonl").read_text().splitlines())}
+    done = {row["step"] for row in read_lines(path)}
+    spent_at = {row["step"]: row["flops"]
+                for row in read_lines(pathlib.Path(args.run) / "metrics.jsonl")}
+    measured = Metrics(args.run, resume_at=math.inf, name="eval.jsonl")
     for step, folder in found:
         if step in done or args.steps and step not in args.steps:
             continue
@@ -626,10 +633,9 @@ def evaluate_run(args, cells, splits, device):
                               args.temperature, args.batch, args.max_new_tokens)
         print(f"step {step}")
         show(results)
-        spent = metrics.get(step, {}).get("flops", 0)
-        with open(path, "a") as file:
-            file.write(json.dumps({"step": step, "hands": args.hands, "flops": spent,
-                                   "flops_spent": spent, "cells": results}) + "\n")
+        spent = spent_at.get(step, 0)               # SFT: the paper's formula is what was spent
+        measured.write({"step": step, "hands": args.hands, "flops": spent, "flops_spent": spent,
+                        "cells": results})
 
 
 def main():
@@ -665,12 +671,9 @@ def main():
         plot(args.plot, out)
         print(f"drew {out}")
         return
-    if min(args.hands, args.batch, args.max_new_tokens) < 1 or args.temperature < 0 or \
-            args.show < 0:
-        raise Problem("--hands, --batch and --max-new-tokens must be at least 1, --temperature "
-                      "and --show at least 0")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    check_flags(args, at_least_one=("hands", "batch", "max_new_tokens"))
+    if args.out and not pathlib.Path(args.out).absolute().parent.is_dir():
+        raise Problem(f"--out {args.out}: there is no such folder; make it first")
     cells = args.cells or (list(CELLS) if args.ood else ["id"])
     device = pick_device(args.device)
     if args.run:

@@ -130,6 +130,8 @@ def load_backbone(name, device="cpu", grad_checkpoint=False):
     """
     from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
                               AutoTokenizer)
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     folder = pathlib.Path(name)
     # A hub name is "owner/model"; anything else that is not here would be asked for in vain.
     local = folder.is_absolute() or str(name).count("/") != 1 or folder.parent.exists()
@@ -166,16 +168,19 @@ def wrap_backbone(model, tokenizer, name="model"):
     talk = [{"role": "user", "content": "UUU"}, {"role": "assistant", "content": "AAA"},
             {"role": "user", "content": "FFF"}]
     dated = {"date_string": "26 Jul 2024"}      # Llama 3 prints today's date otherwise
-    whole = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, **dated)
-    once = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True,
-                                         **dated)
+    try:
+        whole, once = (tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **dated)
+            for turns in (talk, talk[:1]))
+    except Exception as error:      # a template is a program of somebody else's
+        raise Problem(f"--model {name}: its chat template fails ({error})") from None
     if [whole.count(w) for w in ("UUU", "AAA", "FFF")] != [1, 1, 1] or once.count("UUU") != 1:
         raise Problem(f"--model {name}: its chat template drops or repeats turns; unsupported")
     before_first, before_answer = once.split("UUU")
     after_answer = whole.split("AAA")[1].split("FFF")[0]
-    end_id = tokenizer(after_answer, add_special_tokens=False)["input_ids"][0]
-    end_text = tokenizer.convert_ids_to_tokens(end_id)
-    if not after_answer.startswith(end_text):
+    end_id = (tokenizer(after_answer, add_special_tokens=False)["input_ids"] or [None])[0]
+    end_text = "" if end_id is None else tokenizer.convert_ids_to_tokens(end_id)
+    if not end_text or not after_answer.startswith(end_text):
         raise Problem(f"--model {name}: its chat template has no end-of-turn token; unsupported")
     listed = getattr(model.generation_config, "eos_token_id", None)
     listed = listed if isinstance(listed, (list, tuple)) else [listed, tokenizer.eos_token_id]
@@ -352,6 +357,18 @@ def write_json(path, value):
     aside.rename(path)
 
 
+def read_lines(path):
+    """The rows (dicts) of a .jsonl file up to the first damaged line; [] if there is no file."""
+    rows = []
+    if pathlib.Path(path).exists():
+        for line in pathlib.Path(path).read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break                           # cut by a kill
+    return rows
+
+
 class Metrics:
     """A .jsonl file of a run: one object a line, flushed at once.
 
@@ -361,17 +378,10 @@ class Metrics:
 
     def __init__(self, folder, resume_at=None, name="metrics.jsonl"):
         self.path = pathlib.Path(folder) / name
-        kept = []
-        if resume_at is not None and self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break                       # a line cut by the kill
-                if row["step"] <= resume_at:
-                    kept.append(line)
+        kept = [] if resume_at is None else [
+            row for row in read_lines(self.path) if row["step"] <= resume_at]
         aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept))
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         aside.rename(self.path)
         self.file = open(self.path, "a", buffering=1)
 
@@ -601,14 +611,17 @@ def build_backbone(folder, seed, steps, batch, lr, resume):
 # ------------------------------------------------------------------------------------------------
 
 
-def run_sft(args, folder, stop_at=None, report=None):
-    """Fine-tune args.model on expert answers under the training rule. Returns the last checkpoint.
+def run_sft(args, folder, stop_at=None, report=None, backbone=None):
+    """Fine-tune on expert answers under the training rule. Returns the last checkpoint.
+
+    backbone: the loaded model; None loads args.model.
 
     The data and the learning-rate schedule depend on (seed, steps, batch, lr) alone, so the START
     of RL (stop_at = args.start_step) is to the last bit a point of the longer SFT run it is later
     compared with.
     """
-    backbone = load_backbone(args.model, pick_device(args.device), args.grad_checkpoint)
+    backbone = backbone or load_backbone(args.model, pick_device(args.device),
+                                         args.grad_checkpoint)
 
     def draw(step):
         rng = np.random.default_rng([2, args.seed, step])
@@ -667,21 +680,26 @@ def sft_flags(parser, prefix=""):
         group.add_argument(f"--{prefix}{name}", type=kind, default=default, help=text)
 
 
-def check_common(args):
-    """Settle device and threads. Raises Problem for values that cannot be meant."""
+def check_flags(args, at_least_one=()):
+    """Refuse numbers that cannot be meant, and set the number of threads. Raises Problem."""
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
-            raise Problem(f"--{name.replace('_', '-')} {value}: must not be negative")
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+            raise Problem(f"{flag} {value}: must be a number of 0 or more")
+        if name in at_least_one and value is not None and value < 1:
+            raise Problem(f"{flag} {value}: must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.model = args.model or str(DEFAULT_MODEL[args.task])
 
 
 def open_run(folder, args, kind):
     """Create a run folder and write args.json, or check that --resume goes on with the same run."""
     folder = pathlib.Path(folder)
-    settings = {"kind": kind} | {k: v for k, v in vars(args).items()
-                                 if k not in ("resume", "out", "threads", "device", "stop_step")}
+    if folder.exists() and not folder.is_dir():
+        raise Problem(f"--out {folder}: that is a file, not a folder")
+    free = ("resume", "out", "threads", "device", "stop_step", "micro_batch", "grad_checkpoint")
+    # ... these change no result; with any other flag changed, --resume would mix two runs
+    settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in free}
     known = folder / "args.json"
     if known.exists():
         if not args.resume:
@@ -718,14 +736,15 @@ def main():
                         "nothing into backbones/, and stop")
     parser.add_argument("--build-steps", type=int, default=3000, help="steps of --build")
     args = parser.parse_args()
-    check_common(args)
-    if args.micro_batch < 1 or args.batch < 1 or args.save_every < 1:
-        raise Problem("--micro-batch, --batch and --save-every must be at least 1")
+    check_flags(args, at_least_one=("micro_batch", "batch", "save_every", "steps", "stop_step",
+                                    "build_steps"))
+    args.model = args.model or str(DEFAULT_MODEL[args.task])
     if args.build:
         made = build_backbone(args.out or f"runs/build-{args.build}", args.seed, args.build_steps,
                               batch=64, lr=2e-3, resume=args.resume)
         print(f"built {made}")
         return
+    backbone = load_backbone(args.model, pick_device(args.device), args.grad_checkpoint)
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
     print(f"SFT of {args.model} on {args.task}, seed {args.seed}, {args.steps} steps of "
           f"{args.batch} examples, into {folder}")
@@ -735,7 +754,7 @@ def main():
         tqdm.write(f"step {row['step']:5d}  train loss {row['loss']:.4f}  held-out "
                    f"{row['id_nll']:.4f}{ood}  {row['seconds'] / 60:.1f} min")
 
-    run_sft(args, folder, stop_at=args.stop_step, report=report)
+    run_sft(args, folder, stop_at=args.stop_step, report=report, backbone=backbone)
     print(f"done. Next, play every checkpoint:\n    python evaluate.py --run {folder}"
           + (" --ood" if args.ood else ""))
 

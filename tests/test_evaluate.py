@@ -358,7 +358,7 @@ def write_run(folder, kind, seed, values):
     """A finished run with one cell triple at each step. values: {step: rate}."""
     folder.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps({"kind": kind, "seed": seed}))
-    rows = [{"step": step, "flops": 1e12 * (step + 1), "cells": {
+    rows = [{"step": step, "hands": 100, "flops_spent": 1e12 * (step + 1), "cells": {
         cell: {"success": rate, "numbers_read": rate / 2}
         for cell in ("seen/id", "held-out/id", "held-out/ood")}} for step, rate in values.items()]
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -368,21 +368,68 @@ def test_curve_is_mean_and_range_over_seeds(tmp_path):
     """Catches a mean over the seeds that are done so far, and rates that are not percent."""
     write_run(tmp_path / "a", "rl", 0, {10: 0.3, 0: 0.1, 20: 0.9})      # rows in any order
     write_run(tmp_path / "b", "rl", 1, {0: 0.2, 10: 0.5})               # still running
-    write_run(tmp_path / "c" / "deep", "sft", 0, {0: 0.7})
+    write_run(tmp_path / "c" / "deep", "sft", 0, {5: 0.7})
     runs = evaluate.read_runs(tmp_path)
     assert evaluate.curve(runs, "rl", "held-out/ood") == [
         (1e12, pytest.approx(15), pytest.approx(10), pytest.approx(20)),
         (11e12, pytest.approx(40), pytest.approx(30), pytest.approx(50))]
-    assert evaluate.curve(runs, "sft", "seen/id", "numbers_read") == [
-        (1e12, pytest.approx(35), pytest.approx(35), pytest.approx(35))]
+    assert evaluate.curve(runs, "sft", "seen/id", "numbers_read") == [     # from the shared start
+        (1e12, pytest.approx(7.5), pytest.approx(5), pytest.approx(10)),
+        (6e12, pytest.approx(35), pytest.approx(35), pytest.approx(35))]
     assert evaluate.curve(runs, "sft", "no such cell") == []
+
+
+def test_gain_by_published_example():
+    """Catches bounds of the two rates paired the wrong way round: Newcombe (1998), method 10."""
+    assert evaluate.gain(56, 70, 48, 80) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    difference, low, high = evaluate.gain(48, 80, 56, 70)
+    assert (difference, low, high) == pytest.approx((-0.2, -0.3339, -0.0524), abs=5e-5)
+    for hits, before in ((0, 0), (50, 50), (0, 50), (50, 0)):       # no 0 width, nothing beyond 1
+        difference, low, high = evaluate.gain(hits, 50, before, 50)
+        assert -1 <= low < high <= 1 and low <= difference <= high
+
+
+def test_table_by_hand(tmp_path):
+    """Catches the first row taken for the last, a column under another's name, rates pooled."""
+    write_run(tmp_path / "rl0", "rl", 0, {0: 0.1, 10: 0.5, 20: 0.8})
+    write_run(tmp_path / "rl1", "rl", 1, {0: 0.2, 10: 0.5, 20: 0.6})
+    write_run(tmp_path / "sft0", "sft", 0, {10: 0.9, 20: 0.4})
+    head, _, *lines = evaluate.table(evaluate.read_runs(tmp_path)).splitlines()
+    assert [cell.strip() for cell in head.split("|")[2:5]] == ["start", "SFT", "RL"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len({len(row) for row in cells} | {head.count("|") - 1}) == 1, "a ragged table"
+    line = next(row for row in cells if row[0] == "held-out/ood")
+    assert line[1:4] == ["15.0 (10.0-20.0)", "40.0 (40.0-40.0)", "70.0 (60.0-80.0)"]
+    assert line[4].startswith("+25.0 [") and line[5].startswith("+55.0 [")
+    low, high = (100 * x for x in evaluate.gain(140, 200, 30, 200)[1:])     # 2 seeds, 100 hands
+    assert line[5] == f"+55.0 [{low:+.1f}, {high:+.1f}]"
+
+
+@pytest.mark.parametrize("case", ["only SFT", "only RL", "not measured yet", "fewer cells"])
+def test_unfinished_runs_are_drawn_or_named(tmp_path, monkeypatch, capsys, case):
+    """Catches a traceback when one looks at runs before all of them are done."""
+    if case != "only SFT":
+        write_run(tmp_path / "rl", "rl", 0, {0: 0.1, 10: 0.5})
+    if case != "only RL":
+        write_run(tmp_path / "sft", "sft", 0, {10: 0.9})
+    if case == "not measured yet":              # rl.py opens the file before it plays
+        write_run(tmp_path / "new", "rl", 1, {})
+    if case == "fewer cells":                   # measured without --ood
+        path = tmp_path / "sft" / "eval.jsonl"
+        row = json.loads(path.read_text())
+        del row["cells"]["held-out/ood"]
+        path.write_text(json.dumps(row) + "\n")
+    code, error = command(monkeypatch, capsys, evaluate, "--plot", tmp_path, "--out",
+                          tmp_path / "figure.png")
+    assert code == 0 and (tmp_path / "figure.png").exists() or \
+        code == 2 and error.count("\n") == 1, error
 
 
 def test_figure_is_drawn(tmp_path, monkeypatch, capsys):
     """Catches an empty or cut figure, a curve left out, and files left behind."""
     for seed in (0, 1):
         write_run(tmp_path / f"rl{seed}", "rl", seed, {0: 0.1, 10: 0.5 + seed / 10, 20: 0.8})
-        write_run(tmp_path / f"sft{seed}", "sft", seed, {0: 0.1, 10: 0.4, 20: 0.2})
+        write_run(tmp_path / f"sft{seed}", "sft", seed, {10: 0.4, 20: 0.2})
     out = tmp_path / "drawn" / "figure.png"
     out.parent.mkdir()
     code, error = command(monkeypatch, capsys, evaluate, "--plot", tmp_path, "--out", out)

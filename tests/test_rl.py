@@ -528,15 +528,18 @@ def test_update_counts_tokens_and_epochs(tiny):
     assert numbers["skipped"] == 0
 
 
-def test_warmup_counts_the_steps_of_all_updates(tiny):
-    """Catches a warm-up that begins again with every update or that a resume would repeat."""
-    args = settings(minibatch=2, warmup=8, lr=0.008, value_lr=0.08)     # 5 rows: 3 steps an update
-    head, rows, _ = fresh_batch(tiny, args)
+def test_learning_rates_by_hand(tiny):
+    """Catches a warm-up that begins again with every update, and rates a resume would not find."""
+    args = settings(minibatch=2, warmup=8, lr=0.008, value_lr=0.08, updates=4)
+    head, rows, _ = fresh_batch(tiny, args)         # 5 rows: 3 optimiser steps an update
     optimizer = optimizer_of(tiny, head)
-    for update, rate in ((0, 0.003), (1, 0.006), (2, 0.008), (0, 0.003)):
+    for update, share in ((0, 3 / 8),
+                          (1, 6 / 8 * (1 + math.sqrt(0.5)) / 2),        # cosine, a quarter done
+                          (2, 1 / 2),                                   # warm, and half done
+                          (0, 3 / 8)):
         rl.ppo_update(tiny, head, optimizer, rows, args, update)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
-            [rate, 10 * rate])
+            [0.008 * share, 0.08 * share])
 
 
 def test_gradient_that_is_not_finite_is_not_applied(tiny):
@@ -715,9 +718,9 @@ def test_start_is_made_once_and_counted(rigged, monkeypatch, capsys):
     go("--out", "three", "--sft-lr", 1e-5)          # another start is wanted
     assert start.stat().st_mtime_ns != made
     # killed between the start's last checkpoint and its note of how it was made
-    (start.parent / "args.json").unlink()
+    (start.parent / "made.jsonl").unlink()
     go("--out", "four", "--sft-lr", 1e-5)
-    (start.parent / "args.json").write_text("{")
+    (start.parent / "made.jsonl").write_text("{")
     go("--out", "five", "--sft-lr", 1e-5)
 
 
