@@ -454,7 +454,7 @@ def main():
                        help="one ratio for each token, or the paper's one for a whole answer")
     group = parser.add_argument_group("measuring")
     group.add_argument("--eval-hands", type=int, default=500, help="hands a cell at both ends")
-    group.add_argument("--eval-every", type=int, default=4,
+    group.add_argument("--eval-every", type=int, default=8,
                        help="updates between short evaluations")
     group.add_argument("--eval-temperature", type=float, default=0.6,
                        help="of sampling in evaluations; 0 takes the likeliest token")

@@ -600,6 +600,13 @@ def test_self_check_finds_a_held_out_hand(tiny):
         rl.self_check(rows, episodes, tiny)
 
 
+def test_self_check_claims_only_what_it_checked(tiny):
+    """Catches "no held-out hand" in the log of a run that trains on all of them."""
+    _, rows, episodes = fresh_batch(tiny, settings(), split="all")
+    assert {gp_env.split_of(episode.env.hand.cards) for episode in episodes} != {"train"}
+    assert "no held-out hand" not in rl.self_check(rows, episodes, tiny)
+
+
 FLAGS = ["--from-backbone", "--updates", 3, "--episodes", 4, "--max-new-tokens", 4, "--epochs", 2,
          "--minibatch", 2, "--eval-hands", 4, "--eval-every", 2, "--kl-coef", 0.05, "--lr", 1e-3]
 
@@ -664,6 +671,25 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(rigged, monkeypatch, capsys)
         shutil.rmtree(out)
 
 
+def test_kl_is_measured_from_the_start(rigged, monkeypatch, capsys):
+    """Catches a KL term that holds the policy at its last update and not at the start."""
+    caught, update = {}, rl.ppo_update
+
+    def noting(backbone, head, optimizer, rows, args, number):
+        caught[number] = copy.deepcopy(rows)
+        return update(backbone, head, optimizer, rows, args, number)
+
+    monkeypatch.setattr(rl, "ppo_update", noting)
+    train(monkeypatch, capsys, "run", "--updates", 2)
+    for number, rows in caught.items():
+        gap = max((row["start_logprobs"] - row["logprobs"]).abs().max() for row in rows)
+        assert gap < 1e-4 if number == 0 else gap > 1e-3
+        again = [dict(row) for row in rows]
+        rl.score_all(sft.load_backbone("model"), rl.build_value_head(32, 0), again, 0.6, 64)
+        for row, check in zip(rows, again):
+            assert (row["start_logprobs"] - check["logprobs"]).abs().max() < 1e-5
+
+
 def test_finished_run_can_be_resumed_again(rigged, monkeypatch, capsys):
     """Catches a resume of a complete run that trains on, or loses its metrics."""
     train(monkeypatch, capsys, "run", "--updates", 1)
@@ -686,14 +712,17 @@ def test_every_json_line_of_a_run_is_strict(rigged, monkeypatch, capsys):
             json.loads(line, parse_constant=refuse)
 
 
-def test_damaged_checkpoint_is_refused(rigged, monkeypatch, capsys):
-    """Catches a resume that silently starts anew when its state cannot be read."""
+@pytest.mark.parametrize("damage", ["cut", "another list", "another dict"])
+def test_damaged_checkpoint_is_refused(rigged, monkeypatch, capsys, damage):
+    """Catches a resume that silently starts anew when its state cannot be read, or a traceback."""
     train(monkeypatch, capsys, "run", "--updates", 1)
     path = rigged / "run" / "step-000001" / "state.pt"
-    path.write_bytes(path.read_bytes()[:1000])
+    {"cut": lambda: path.write_bytes(path.read_bytes()[:1000]),
+     "another list": lambda: torch.save([1, 2], path),
+     "another dict": lambda: torch.save({"tokens": 1}, path)}[damage]()
     code, error = command(monkeypatch, capsys, rl, "--model", "model", *FLAGS, "--updates", 1,
                           "--out", "run", "--resume")
-    assert_one_line(code, error, "state.pt", "damaged")
+    assert_one_line(code, error, "state.pt")
 
 
 SHORT = ["--sft-steps", 4, "--sft-start-step", 2, "--sft-batch", 2, "--updates", 1,
@@ -763,6 +792,7 @@ def test_inspect_prints_a_table_and_learns_nothing(rigged, monkeypatch, capsys):
     (["--sft-save-every", "0"], ["--sft-save-every"]),
     (["--resume"], ["--resume"]),
     (["--device", "abacus"], ["abacus"]),
+    (["--seed", str(2 ** 63), "--from-backbone"], ["--seed"]),
     (["--out", "model/config.json", "--from-backbone"], ["config.json"]),
 ])
 def test_bad_flags_end_in_one_line(rigged, monkeypatch, capsys, flags, words):

@@ -418,6 +418,19 @@ def test_failed_save_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, erro
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
+def test_checkpoint_is_moved_into_place(tiny, tmp_path, monkeypatch):
+    """Catches files copied into the final folder one by one: a kill leaves half of them."""
+    written = []
+
+    def noting(value, path):
+        written.append(path.parent.stat().st_ino)
+        assert not (tmp_path / "step-000001").exists(), "visible before it is complete"
+
+    monkeypatch.setattr(torch, "save", noting)
+    sft.save_checkpoint(tmp_path / "step-000001", tiny, {"tokens": 1})
+    assert written == [(tmp_path / "step-000001").stat().st_ino]
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing"])
 def test_damaged_state_is_refused(tmp_path, damage):
     """Catches a damaged file that ends in a traceback, or worse, in a fresh start."""
@@ -513,6 +526,22 @@ def test_text_models_load_and_agree_with_themselves(tiny, tmp_path, kind):
         episodes = evaluate.play(backbone, envs, range(3), 0.6, 6,
                                  torch.Generator().manual_seed(1), keep_cache)
         assert_sampler_agrees(backbone, episodes, 0.6)
+
+
+def test_capped_logits_are_read_right_or_refused(tiny):
+    """Catches models that bend their logits after the last matrix: log p would not be theirs."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Gemma2ForCausalLM(Gemma2Config(
+            vocab_size=len(tiny.tokenizer), hidden_size=32, num_hidden_layers=2, head_dim=16,
+            num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
+            initializer_range=0.2, final_logit_softcapping=3.0)).eval()
+    try:
+        backbone = sft.wrap_backbone(model, tiny.tokenizer)
+    except sft.Problem:
+        return
+    check_shift(sft.token_logprobs, backbone)
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny, tmp_path):
@@ -614,6 +643,7 @@ def test_training_sees_no_held_out_hand(tiny, tmp_path, monkeypatch):
     (["--lr", "nan"], ["--lr"]),
     (["--seed", "-1"], ["--seed"]),
     (["--device", "abacus"], ["--device", "abacus"]),
+    (["--device", "meta"], ["--device", "meta"]),           # known to torch, of no use here
     (["--device", "cuda"], ["--device", "GPU"]),
     (["--resume"], ["--resume"]),
     (["--out", "model/config.json"], ["config.json"]),
