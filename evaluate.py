@@ -373,7 +373,8 @@ def read_runs(folder):
             args = json.loads((path.parent / "args.json").read_text())
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             rows.sort(key=lambda row: row["step"])
-            runs.append((args["kind"], args["seed"], rows))
+            if rows:                                # a run that is not measured yet has none
+                runs.append((args["kind"], args["seed"], rows))
             for row in rows:                        # every number that a figure or table asks for
                 float(row["flops_spent"]), int(row["hands"])
                 for m in row["cells"].values():
@@ -428,7 +429,8 @@ def table(runs):
     lines = ["| success within five tries | " + " | ".join(names) + " | " + " | ".join(
         f"{n} - start, 95 % interval" for n in names[1:]) + " |", "|---" * (2 * len(names)) + "|"]
     for cell, measure_name in [(c, m) for m in ("success", "numbers_read")
-                               for c in (ends["RL"] or ends["SFT"])[0]["cells"]]:
+                               for c in (ends["RL"] or ends["SFT"])[0]["cells"]
+                               if all(c in r["cells"] for n in names for r in ends[n])]:
         line = [cell if measure_name == "success" else f"{cell}, numbers read right"]
         for name in names:
             rates = [100 * row["cells"][cell][measure_name] for row in ends[name]]
