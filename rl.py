@@ -372,10 +372,11 @@ def self_check(rows, episodes, backbone):
                       "temperature, positions, padding side or shift")
     whole = [t.answer_ids[-1] in backbone.end_ids for e in episodes for t in e.turns]
     hands = {gp_env.split_of(e.env.hand.cards) for e in episodes}
-    if episodes[0].env.split == "train" and hands != {"train"}:
+    held_out = episodes[0].env.split == "train"         # --split all holds nothing out
+    if held_out and hands != {"train"}:
         raise Problem("self-check: a held-out hand is among the training hands")
     return (f"self-check: max |log ratio| {gap:.1e} before any step, {len(scored)} tokens sampled "
-            f"and masked, {sum(whole) / len(whole):.1%} of answers ended, no held-out hand")
+            f"and masked, {sum(whole) / len(whole):.1%} of answers ended" + ", no held-out hand" * held_out)
 
 
 def inspect(rows, episodes, backbone):
@@ -536,7 +537,7 @@ def run(args):
          {"params": list(head.parameters()), "lr": args.value_lr}], eps=1e-7, weight_decay=0.0)
     first, counts = 0, {"init": 0, "trained": 0, "sampled": 0}
     if saved:
-        first, state = saved[-1][0], load_state(saved[-1][1])
+        first, state = saved[-1][0], load_state(saved[-1][1], ("optimizer", "head", "counts"))
         optimizer.load_state_dict(state["optimizer"])
         head.load_state_dict(state["head"])
         counts = state["counts"]

@@ -117,7 +117,10 @@ def pick_device(name):
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise Problem("--device cuda: no GPU is visible to torch here; use --device cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
+        return device
     except RuntimeError:
         raise Problem(f"--device {name}: unknown device; use auto, cpu or cuda") from None
 
@@ -190,6 +193,8 @@ def wrap_backbone(model, tokenizer, name="model"):
               ("image_token_index", "image_token_id", "video_token_id", "vision_start_token_id",
                "vision_end_token_id")}
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if getattr(config.get_text_config(), "final_logit_softcapping", None):
+        raise Problem(f"--model {name}: it bends its logits (soft-capping); not supported")
     if "mrope_section" in rope:
         raise Problem(f"--model {name}: positions in three dimensions (m-RoPE) are not supported")
     rows = model.get_output_embeddings().weight.shape[0]
@@ -332,10 +337,16 @@ def save_checkpoint(folder, backbone, state=None):
         raise
 
 
-def load_state(folder):
-    """Read state.pt of a checkpoint. Raises Problem if it is missing, damaged or not plain data."""
+def load_state(folder, keys=()):
+    """Read state.pt of a checkpoint, a dict with at least these keys.
+
+    Raises Problem if it is missing, damaged, not plain data, or the state of something else.
+    """
     try:
-        return torch.load(pathlib.Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(pathlib.Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or set(keys) - set(state):
+            raise ValueError("other contents")
+        return state
     except FileNotFoundError:
         raise Problem(f"{folder}: no state.pt there: not a checkpoint to resume from") from None
     except Exception as error:
@@ -465,7 +476,7 @@ def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, re
     first, tokens = 0, 0
     if resume and checkpoints(folder):
         first, path = checkpoints(folder)[-1]
-        state = load_state(path)
+        state = load_state(path, ("optimizer", "tokens"))
         restored = load_backbone(path)
         model.load_state_dict(restored.model.state_dict())
         optimizer.load_state_dict(state["optimizer"])
@@ -684,8 +695,8 @@ def check_flags(args, at_least_one=()):
     """Refuse numbers that cannot be meant, and set the number of threads. Raises Problem."""
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
-            raise Problem(f"{flag} {value}: must be a number of 0 or more")
+        if isinstance(value, (int, float)) and not 0 <= value < 2**31:     # refuses nan, too
+            raise Problem(f"{flag} {value}: must be a number of 0 or more, below 2**31")
         if name in at_least_one and value is not None and value < 1:
             raise Problem(f"{flag} {value}: must be at least 1")
     if args.threads:
