@@ -376,7 +376,8 @@ def self_check(rows, episodes, backbone):
     if held_out and hands != {"train"}:
         raise Problem("self-check: a held-out hand is among the training hands")
     return (f"self-check: max |log ratio| {gap:.1e} before any step, {len(scored)} tokens sampled "
-            f"and masked, {sum(whole) / len(whole):.1%} of answers ended" + ", no held-out hand" * held_out)
+            f"and masked, {sum(whole) / len(whole):.1%} of answers ended"
+            + ", no held-out hand" * held_out)
 
 
 def inspect(rows, episodes, backbone):
