@@ -21,6 +21,7 @@ Read before: sft.py. Read next: rl.py.
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -134,6 +135,9 @@ class Reader:
 
     def __init__(self, backbone, rows):
         self.backbone, self.rows = backbone, rows
+        # transformers 5.24 gave this argument of every model another name
+        known = inspect.signature(backbone.model.base_model.forward).parameters
+        self.cache_name = "cache" if "cache" in known else "past_key_values"
         self.restart()
 
     def restart(self):
@@ -161,7 +165,7 @@ class Reader:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             hidden = self.backbone.model.base_model(
                 input_ids=ids, attention_mask=self.mask, position_ids=positions,
-                past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1]
+                use_cache=True, **{self.cache_name: self.cache}).last_hidden_state[:, -1]
             logits = self.backbone.model.get_output_embeddings()(hidden).float()
         if self.backbone.banned:
             logits[:, self.backbone.banned] = -torch.inf
@@ -668,14 +672,16 @@ def main():
                        help="print N transcripts a cell, half of them solved")
     group.add_argument("--out", help="JSON file for the results, or PNG file for --plot")
     args = parser.parse_args()
+    if args.out and not pathlib.Path(args.out).absolute().parent.is_dir():
+        raise Problem(f"--out {args.out}: there is no such folder; make it first")
+    if args.out and pathlib.Path(args.out).is_dir():
+        raise Problem(f"--out {args.out}: that is a folder; give a file name")
     if args.plot:
         out = args.out or "figure.png"
         plot(args.plot, out)
         print(f"drew {out}")
         return
     check_flags(args, at_least_one=("hands", "batch", "max_new_tokens"))
-    if args.out and not pathlib.Path(args.out).absolute().parent.is_dir():
-        raise Problem(f"--out {args.out}: there is no such folder; make it first")
     cells = args.cells or (list(CELLS) if args.ood else ["id"])
     device = pick_device(args.device)
     if args.run:

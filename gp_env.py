@@ -73,6 +73,8 @@ OTHER_PROMPTS = (
 # separator of numbers). NONE of them is accepted by the verifier. That is what makes this backbone
 # play the part of a real one: it knows the game and cannot earn a reward before SFT has shown it
 # the format. JSON objects come with these keys, drawn anew for each field of each conversation:
+FOLLOW_UP = "Now make {target}. The equation alone."
+IN_PICTURE = "those in the picture"         # stands for the cards where a picture shows them
 OTHER_KEYS = (("hand", "held", "faces"), ("worth", "value", "points"), ("sum", "result", "line"))
 OTHER_NOTATIONS = (
     (ASK, ANSWER, '", "', ", "),
@@ -292,13 +294,13 @@ class GeneralPoints:
         # scoring_rule is the `fake` probe: the prompt states `rule`, the verifier scores by this.
         self.rule, self.face, self.suits, self.split = rule, face, suits, split
         self.target, self.tries, self.scoring_rule = target, tries, scoring_rule
-        self.hand, self.used = None, 0
+        self.hand, self.used, self.over = None, 0, True
 
     def reset(self, seed):
         """Deal the hand number `seed` (an int or a list of ints). Returns (observation, info)."""
         self.hand = deal(np.random.default_rng(seed), self.rule, self.face, self.suits, self.split,
                          self.target)
-        self.used = 0
+        self.used, self.over = 0, False
         return self._observe(prompt(self.hand), True), {"hand": self.hand}
 
     def step(self, text):
@@ -306,15 +308,17 @@ class GeneralPoints:
 
         terminated: solved, nothing can follow. truncated: the tries are used up; the game could
         have gone on, but not for this agent (rl.py keeps the two apart in GAE).
+        Raises RuntimeError if no episode is under way.
         """
-        if self.hand is None:
-            raise RuntimeError("call reset() before step()")
+        if self.over:
+            raise RuntimeError("no episode is under way: call reset() before step()")
         scored = self.hand if self.scoring_rule is None else Hand(
             self.hand.cards, self.hand.suits, RULES[self.scoring_rule], self.target)
         verdict = verify_gp(text, scored.cards, scored.numbers, self.target)
         self.used += 1
         terminated = verdict.correct
         truncated = not terminated and self.used >= self.tries
+        self.over = terminated or truncated
         reward = verdict.reward + (GP_REWARDS["out of tries"] if truncated else 0.0)
         text = verdict.message if terminated else RETRY.format(message=verdict.message)
         return (self._observe(text, False), reward, terminated, truncated,
@@ -342,29 +346,40 @@ def expert_conversation(rng, **how):
 def backbone_conversations(rng, count):
     """`count` conversations of the backbone's corpus: broad, correct, and never in the task's form.
 
-    Hindsight makes data without a solver: draw a rule (J, Q, K anywhere in 10..13), a hand and a
-    RANDOM formula over it, and let whatever it evaluates to (1..99) be the target of the prompt.
-    A quarter revise: they open with wrong tries (learn=False: nobody should learn mistakes) and
-    the verifier's message. Hands of val and test are left out, whatever the target.
+    Hindsight makes data without a solver: draw a rule (J, Q, K anywhere in 10..13), a hand and
+    RANDOM formulas over it, and let whatever they evaluate to (1..99) be the targets of the prompts.
+    One hand in eight is asked for 24 instead, with a solution of the solver. Then, by kind:
+      half        follow-ups: the same hand, up to six more targets, the equation alone. They cost a
+                  third of a whole answer in tokens, and teach the same arithmetic
+      a quarter   revisions: the answer comes after wrong tries and the verifier's messages
+                  (learn=False: nobody should learn mistakes)
+      a quarter   one question, one answer
+    A hand of val or test is never asked for 24.
     """
     made = []
     while len(made) < count:
-        n = 4 * (count - len(made)) + 64
+        n = 2 * (count - len(made)) + 64
         cards = rng.integers(13, size=(n, 4))
         rules = rng.integers(10, 14, size=(n, 3))
         worth = np.concatenate([np.tile(np.arange(1, 11), (n, 1)), rules], axis=1)    # (n, 13)
         numbers = np.take_along_axis(worth, cards, axis=1)                            # (n, 4)
-        drawn = [_random_formulas(rng, numbers) for _ in range(6)]
-        whole, value = drawn[0][3], drawn[0][4]
-        for i in np.flatnonzero(whole & (value >= 1) & (value <= 99)):
+        drawn = [_random_formulas(rng, numbers) for _ in range(16)]
+        for i in range(n):
             hand = Hand(tuple(RANKS[c] for c in cards[i]), ("spades",) * 4,
-                        tuple(map(int, rules[i])), int(value[i]))
-            if split_of(hand.cards) == "train":
-                formulas = [_write(numbers[i], ORDERS[d[0][i]], d[1][i], int(d[2][i]))
-                            for d in drawn]
-                made.append(_backbone_conversation(rng, hand, formulas))
-                if len(made) == count:
-                    break
+                        tuple(map(int, rules[i])))
+            asked = {int(d[4][i]): d for d in drawn if d[3][i] and 1 <= d[4][i] <= 99}
+            if split_of(hand.cards) != "train":
+                asked.pop(TARGET, None)
+            pairs = [(target, _write(numbers[i], ORDERS[d[0][i]], d[1][i], int(d[2][i])))
+                     for target, d in asked.items()]        # (target, a formula that makes it)
+            if rng.random() < 1 / 8 and split_of(hand.cards) == "train" and \
+                    solvable(hand.numbers):
+                ways = solutions(hand.numbers)
+                pairs.insert(0, (TARGET, ways[rng.integers(len(ways))]))
+            if pairs:
+                made.append(_backbone_conversation(rng, hand, pairs))
+            if len(made) == count:
+                break
     return made
 
 
@@ -386,14 +401,31 @@ def _random_formulas(rng, numbers):
     return order, operations, shape, whole, top // safe
 
 
-def _backbone_conversation(rng, hand, formulas):
-    """formulas[0] makes the target; the others are wrong tries (nearly always)."""
+def _backbone_conversation(rng, hand, pairs):
+    """One conversation about a hand. pairs: (target, formula that makes it), the first is asked."""
+    (target, formula), others = pairs[0], pairs[1:]
+    hand = Hand(hand.cards, hand.suits, hand.rule, target)
     ask, notation, *gaps = OTHER_NOTATIONS[rng.integers(len(OTHER_NOTATIONS))]
     template = OTHER_PROMPTS[rng.integers(len(OTHER_PROMPTS))]
     keys = [names[rng.integers(len(names))] for names in OTHER_KEYS]
     turns = [{"role": "user", "content": prompt(hand, template, ask, keys), "learn": False}]
-    failures = 0 if rng.random() < 0.75 else int(rng.integers(1, 5))
-    for formula in formulas[1:1 + failures]:
+    kind = rng.random()
+    if kind < 0.25:
+        turns += _wrong_tries(rng, hand, [f for _, f in others[:rng.integers(1, 5)]], notation,
+                              gaps, keys)
+    right = answer(hand, hand.numbers, formula, notation, *gaps, keys)
+    turns.append({"role": "assistant", "content": right, "learn": True})
+    if kind >= 0.5:
+        for target, formula in others[:6]:
+            turns += [{"role": "user", "content": FOLLOW_UP.format(target=target), "learn": False},
+                      {"role": "assistant", "content": f"{formula}={target}", "learn": True}]
+    return turns
+
+
+def _wrong_tries(rng, hand, formulas, notation, gaps, keys):
+    """Answers that miss the target of the hand, each with the verifier's message."""
+    turns = []
+    for formula in formulas:
         numbers = list(hand.numbers)
         if rng.random() < 0.3:       # misread one card: a face card by another rule, say
             at = int(rng.integers(4))
@@ -410,13 +442,12 @@ def _backbone_conversation(rng, hand, formulas):
             turns += [{"role": "assistant", "content": wrong, "learn": False},
                       {"role": "user", "content": RETRY.format(message=verdict.message),
                        "learn": False}]
-    right = answer(hand, hand.numbers, formulas[0], notation, *gaps, keys)
-    return turns + [{"role": "assistant", "content": right, "learn": True}]
+    return turns
 
 
 def phrases():
     """The fixed pieces of all texts above, for the small backbone's tokenizer, sorted."""
-    templates = [PROMPT, ASK, ANSWER, RETRY, *OTHER_PROMPTS, *GP_MESSAGES.values(),
+    templates = [PROMPT, ASK, ANSWER, RETRY, FOLLOW_UP, IN_PICTURE, *OTHER_PROMPTS, *GP_MESSAGES.values(),
                  *ILLEGAL_WHY.values(), *KEYS, *sum(OTHER_KEYS, ()), " > ", " and "]
     for notation in OTHER_NOTATIONS:
         templates += notation       # what is asked, the answer, and both separators
@@ -448,6 +479,8 @@ def main():
     args = parser.parse_args()
     if args.seed < 0:
         parser.error("--seed must be 0 or more")
+    if not 1 <= args.target <= 9999:        # the verifier reads numbers of up to four digits
+        parser.error("--target must be from 1 to 9999")
     if args.solve:
         if not all(1 <= n <= 13 for n in args.solve):
             parser.error("--solve takes numbers from 1 to 13")

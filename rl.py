@@ -123,9 +123,13 @@ def build_value_head(hidden, seed):
     return head
 
 
-def score(backbone, head, rows, temperature):
+def score(backbone, head, rows, temperature, value_trunk=False):
     """One forward pass over a list of conversations (see `conversations`).
 
+    value_trunk: let the gradient of V into the trunk, as the paper does. By default the critic only
+    READS the policy's hidden state: at the first update of the small backbone the critic's gradient
+    on the trunk is 40 times as long as the policy's (15 against 0.4, rewards are in -4..5), and
+    clipping their sum left the policy with crumbs (README, "What was measured").
     Returns (logprobs (N,), entropy (N,), values (number of tries,)), all float32, in row order.
     """
     device = backbone.device
@@ -136,7 +140,8 @@ def score(backbone, head, rows, temperature):
     logprobs, entropy = token_logprobs(backbone, hidden, ids, mask, temperature)
     at = [(i, end) for i, r in enumerate(rows) for end in r["ends"]]
     row, end = torch.tensor(at, device=device).T
-    return logprobs, entropy, head(hidden[row, end].float())
+    state = hidden[row, end].float()                                         # (tries, H)
+    return logprobs, entropy, head(state if value_trunk else state.detach())
 
 
 @torch.no_grad()
@@ -264,7 +269,8 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
     Dividing by the totals of the MINIBATCH makes --micro-batch a dial for memory alone.
     Returns (loss, statistics as sums).
     """
-    logprobs, entropy, values = score(backbone, head, part, args.temperature)
+    logprobs, entropy, values = score(backbone, head, part, args.temperature,
+                                      args.value_trunk)
     join = {key: torch.cat([r[key] for r in part])
             for key in ("logprobs", "advantages", "returns", "values")}
     counts = torch.tensor([n for r in part for n in _answer_lengths(r)], device=logprobs.device)
@@ -355,7 +361,7 @@ def explained_variance(values, returns):
 EVALUATE_COST, SAMPLE_COST, TRAIN_COST = 4.3, 3.7, 3.9
 
 
-def self_check(rows, episodes, backbone):
+def self_check(rows, episodes, backbone, split):
     """Invariants of a fresh batch, before anything was learnt from it. Raises Problem.
 
     They cost nothing and catch the classic silent bugs of this kind of code.
@@ -372,7 +378,7 @@ def self_check(rows, episodes, backbone):
                       "temperature, positions, padding side or shift")
     whole = [t.answer_ids[-1] in backbone.end_ids for e in episodes for t in e.turns]
     hands = {gp_env.split_of(e.env.hand.cards) for e in episodes}
-    held_out = episodes[0].env.split == "train"         # --split all holds nothing out
+    held_out = split == "train"                         # --split all holds nothing out
     if held_out and hands != {"train"}:
         raise Problem("self-check: a held-out hand is among the training hands")
     return (f"self-check: max |log ratio| {gap:.1e} before any step, {len(scored)} tokens sampled "
@@ -452,6 +458,8 @@ def main():
             ("max-grad-norm", float, 1.0, "gradient clipping")):
         group.add_argument(f"--{name}", type=kind, default=default,
                            help=f"{text}; default {default}")
+    group.add_argument("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
+                       help="let the critic's gradient into the trunk (paper: yes)")
     group.add_argument("--ratio", choices=("token", "answer"), default="token",
                        help="one ratio for each token, or the paper's one for a whole answer")
     group = parser.add_argument_group("measuring")
@@ -579,7 +587,7 @@ def run(args):
         # --- 3. advantages
         add_advantages(rows, episodes, args.gamma, args.lam)
         if update == first:
-            tqdm.write(self_check(rows, episodes, backbone))
+            tqdm.write(self_check(rows, episodes, backbone, args.split))
         if args.inspect:
             return inspect(rows, episodes, backbone)
         # --- 4. update
@@ -603,8 +611,8 @@ def run(args):
         save_checkpoint(folder / f"step-{update + 1:06d}", backbone,
                         {"optimizer": optimizer.state_dict(), "head": head.state_dict(),
                          "counts": counts})
-        for step, path in checkpoints(folder)[:-1]:
-            shutil.rmtree(path)                     # the newest is enough to go on from
+        for _, path in checkpoints(folder)[:-2]:
+            shutil.rmtree(path)     # the newest is enough to go on from; one more, should it break
     print(f"done in {(time.time() - began) / 60:.1f} minutes. The policy is in "
           f"{folder}/step-{args.updates:06d}. Next:\n"
           f"    python evaluate.py --model {folder}/step-{args.updates:06d} --show 4")

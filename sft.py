@@ -337,6 +337,18 @@ def save_checkpoint(folder, backbone, state=None):
         raise
 
 
+def clear_up(folder):
+    """After a kill: finish or undo what save_checkpoint had begun in this folder."""
+    for aside in pathlib.Path(folder).glob(".*.*.tmp"):
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()      # half written
+    for old in pathlib.Path(folder).glob(".*.*.old"):
+        whole = old.with_name(old.name[1:].rsplit(".", 2)[0])
+        if whole.exists():
+            shutil.rmtree(old)                          # the new one is in place
+        else:
+            old.rename(whole)                           # killed between the two moves
+
+
 def load_state(folder, keys=()):
     """Read state.pt of a checkpoint, a dict with at least these keys.
 
@@ -611,7 +623,8 @@ def build_backbone(folder, seed, steps, batch, lr, resume):
               flush=True)
 
     last = train(backbone, draw, folder, steps, lr, warmup=200, save_at=save_at,
-                 micro_batch=batch, resume=resume, report=report, cooldown=int(0.4 * steps))
+                 micro_batch=16, resume=resume, report=report, cooldown=int(0.4 * steps))
+    clear_up(HERE / "backbones")
     bare = HERE / "backbones" / "gp"        # ships without the optimizer's state
     save_checkpoint(bare, load_backbone(last))
     return bare
@@ -728,8 +741,7 @@ def open_run(folder, args, kind):
     elif args.resume and folder.exists() is False:
         raise Problem(f"--resume: there is no run in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    for left in list(folder.glob(".*.tmp")) + list(folder.glob(".*.old")):
-        shutil.rmtree(left, ignore_errors=True)         # half-written when a run was killed
+    clear_up(folder)
     write_json(known, settings)
     return folder
 

@@ -67,6 +67,7 @@ ILLEGAL_WHY = {
     "open": "a bracket is not closed",
     "close": "no bracket is open",
     "digits": "the number is too long",
+    "length": "the formula is too long",
     "depth": "too many brackets",
     "zero": "division by zero",
     "end": "the formula should end here",
@@ -122,7 +123,7 @@ def parse_formula(text):
     """
     text = text.translate(_SAME_SIGN)
     if len(text) > MAX_FORMULA:
-        raise IllegalFormula(text[0], "digits" if text[:9].isdigit() else "depth")
+        raise IllegalFormula(text[0], "length")
     tokens = [m.group(1) for m in _TOKEN.finditer(text)]
     for token in tokens:
         if not (token in "+-*/()=" or token.isascii() and token.isdigit()):
@@ -203,12 +204,15 @@ def read_answer(text):
         pairs = None
     if isinstance(pairs, list) and all(isinstance(p, tuple) for p in pairs):
         for key, value in pairs:
+            key = key.lower()                         # the looser reading ignores case, too
             if key == "formula":
                 found["formula"].append(value if isinstance(value, str) else "")
             elif key in ("cards", "number", "numbers") and isinstance(value, list):
                 found[key[:6].rstrip("s") if key != "cards" else key] = [
                     str(v) for v in value if isinstance(v, (str, int))]
-        return found
+        if found["formula"]:
+            return found
+        found = {"formula": []}                       # an object in an object: read it loosely
     keys = list(_FIELD.finditer(text))
     for key, following in zip(keys, keys[1:] + [None]):
         body = text[key.end():following.start() if following else len(text)]

@@ -524,6 +524,7 @@ def test_results_are_written_and_transcripts_shown(tiny, tmp_path, monkeypatch, 
     (["--plot", "empty"], ["empty", "eval.jsonl"]),
     (["--plot", "nowhere"], ["nowhere"]),
     (["--out", "nowhere/results.json"], ["nowhere"]),
+    (["--out", "empty"], ["empty", "folder"]),
 ])
 def test_bad_flags_end_in_one_line(tiny, tmp_path, monkeypatch, capsys, flags, words):
     """Catches a traceback, or minutes of play whose results then cannot be written."""

@@ -246,53 +246,69 @@ def test_test_hands_never_appear_in_expert_conversations():
         assert rule == RULES[how.get("rule", "ten")] and target == 24
 
 
-def test_test_hands_never_appear_in_the_backbone_corpus(corpus):
+def questions(turns):
+    """[(cards, rule, target, answer)] of a conversation; a follow-up asks for another target."""
+    cards, rule, target = read_prompt(turns[0]["content"])
+    asked = []
+    for question, answer in zip(turns[::2], turns[1::2]):
+        follow_up = re.fullmatch(r"Now make (\d+)\. The equation alone\.", question["content"])
+        target = int(follow_up.group(1)) if follow_up else target
+        asked.append((cards, rule, target, answer))
+    return asked
+
+
+def test_test_hands_never_ask_for_24_in_the_backbone_corpus(corpus):
     """Test hands leak into pretraining, where nobody looks for them."""
-    hands = [read_prompt(turns[0]["content"])[0] for turns in corpus]
+    every = [(cards, target) for turns in corpus for cards, _, target, _ in questions(turns)]
+    hands = [cards for cards, target in every if target == 24]
     assert {split_of(cards) for cards in hands} == {"train"}
-    # and the corpus is broad enough for this to mean something: most training hands are met
-    assert len(set(map(as_ten, hands))) > 400
+    # and 24 is asked often enough for this to mean something, and is not all there is
+    assert len(hands) > 300 and len({target for _, target in every}) > 90
 
 
 def test_no_answer_of_the_backbone_corpus_earns_a_reward(corpus):
     """Pretraining gives away the answer format, and SFT looks useless: RL learns without it."""
     answers = 0
     for turns in corpus:
-        cards, rule, target = read_prompt(turns[0]["content"])
-        numbers = card_numbers(cards, rule)
-        for turn in turns:
-            if turn["role"] == "assistant":
-                verdict = verify_gp(turn["content"], cards, numbers, target)
-                assert not verdict.correct, turn["content"]
-                answers += 1
-        # the formula is right, it is the notation that the verifier refuses
-        formula, _ = read_equation(turns[-1]["content"])
-        hand = Hand(tuple(cards), SPADES, rule, target)
-        assert verify_gp(expert_answer(hand, formula), cards, numbers, target).correct
+        for cards, rule, target, answer in questions(turns):
+            numbers = card_numbers(cards, rule)
+            verdict = verify_gp(answer["content"], cards, numbers, target)
+            assert not verdict.correct, answer["content"]
+            answers += 1
+            if answer["learn"]:     # the formula is right, the verifier refuses the notation
+                formula, _ = read_equation(answer["content"])
+                hand = Hand(tuple(cards), SPADES, rule, target)
+                assert verify_gp(expert_answer(hand, formula), cards, numbers, target).correct
     assert answers > len(corpus)
 
 
 def test_learned_answers_of_the_backbone_corpus_are_true(corpus):
     """The corpus teaches wrong arithmetic, another rule than the stated one, or a wrong try."""
     for turns in corpus:
-        cards, rule, target = read_prompt(turns[0]["content"])
-        assert [turn["learn"] for turn in turns] == [False] * (len(turns) - 1) + [True]
-        worth = dict(zip("JQK", rule)) | {"A": 1}
-        numbers = sorted(worth[c] if c in worth else int(c) for c in cards)
-        formula, stated = read_equation(turns[-1]["content"])
-        value, used, _ = parse_formula(formula)
-        assert value == target == stated and sorted(used) == numbers, turns
+        for cards, rule, target, answer in questions(turns):
+            worth = dict(zip("JQK", rule)) | {"A": 1}
+            numbers = sorted(worth[c] if c in worth else int(c) for c in cards)
+            formula, stated = read_equation(answer["content"])
+            if answer["learn"]:
+                value, used, _ = parse_formula(formula)
+                assert value == target == stated and sorted(used) == numbers, turns
+            else:
+                assert not verify_gp(f"formula: {formula}", cards, numbers, target).correct
 
 
 def test_backbone_corpus_turns_and_rules(corpus):
     """Turns do not alternate, nobody ever revises, or the corpus knows one rule only."""
-    revised = 0
+    revised = followed = 0
     for turns in corpus:
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
-        for turn in turns[2::2]:
-            assert re.fullmatch(r"Not right: .+\. Try again\.", turn["content"])
-        revised += len(turns) > 2
+        assert not any(turn["learn"] for turn in turns[::2]) and turns[-1]["learn"]
+        for before, turn in zip(turns[1::2], turns[2::2]):
+            if not before["learn"]:
+                assert re.fullmatch(r"Not right: .+\. Try again\.", turn["content"])
+        revised += not turns[1]["learn"]
+        followed += turns[1]["learn"] and len(turns) > 2
     assert 0.2 < revised / len(corpus) < 0.3                # a quarter, 6 standard deviations wide
+    assert 0.4 < followed / len(corpus) < 0.55
     rules = [read_prompt(turns[0]["content"])[1] for turns in corpus]
     for court_card in zip(*rules):
         assert set(court_card) == {10, 11, 12, 13}
@@ -423,6 +439,23 @@ def test_step_before_reset_is_refused():
         GeneralPoints().step("formula: 1")
 
 
+def test_step_after_the_end_is_refused():
+    """An episode that is over goes on paying: +5 again and again for one solved hand."""
+    env = GeneralPoints()
+    _, info = env.reset(0)
+    right = f"formula: {solutions(info['hand'].numbers)[0]}=24"
+    assert env.step(right)[1:3] == (5.0, True)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(right)
+    env.reset(0)
+    for _ in range(5):
+        assert not env.step("formula: 1")[2]
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(right)
+    env.reset(0)
+    assert env.step(right)[2]
+
+
 def test_docstring_examples():
     """An example in a docstring no longer shows what the code does."""
     tried = doctest.testmod(gp_env)
@@ -469,7 +502,7 @@ def test_solve_prints_all_solutions():
 
 @pytest.mark.parametrize("flags", [
     ["--seed", "-1"], ["--seed", "x"], ["--rule", "jack"], ["--solve", "0", "1", "2", "3"],
-    ["--solve", "1", "2", "3", "14"], ["--solve", "1", "2"], ["--target", "99999"],
+    ["--solve", "1", "2", "3", "14"], ["--solve", "1", "2"], ["--target", "99999"], ["--target", "-5"],
     ["--no-such-flag"]], ids=" ".join)
 def test_bad_flags_are_explained(flags):
     """A mistyped flag ends in a traceback instead of one line that says what is wrong."""

@@ -14,7 +14,12 @@ import copy
 import functools
 import json
 import math
+import pathlib
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from unittest import mock
 
 import pytest
@@ -181,6 +186,18 @@ def test_value_has_not_seen_the_answer(tiny):
         other["ids"][end] = 7                   # and V does depend on the last prompt token
         rl.score_all(tiny, head, [other], 0.6, 1)
         assert (other["values"][k] - longest["values"][k]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("value_trunk", [False, True])
+def test_critic_moves_the_trunk_only_when_asked(tiny, value_trunk):
+    """Catches a critic whose long gradient takes the trunk away from the policy, unasked."""
+    head, rows, _ = fresh_batch(tiny, settings())
+    _, _, values = rl.score(tiny, head, rows, 0.6, value_trunk)
+    values.sum().backward()
+    moved = [p.grad is not None and p.grad.abs().max().item() > 0
+             for p in tiny.model.parameters()]
+    assert any(moved) == value_trunk
+    assert all(p.grad is not None for p in head.parameters())
 
 
 def test_new_critic_knows_nothing():
@@ -566,7 +583,7 @@ def test_gradient_that_is_not_finite_is_not_applied(tiny):
 def test_self_check_passes_and_says_what_it_saw(tiny):
     """Catches a self-check that fails on a good batch."""
     _, rows, episodes = fresh_batch(tiny, settings())
-    told = rl.self_check(rows, episodes, tiny)
+    told = rl.self_check(rows, episodes, tiny, "train")
     assert f"{totals(rows)[0]} tokens" in told and "max |log ratio|" in told
 
 
@@ -579,7 +596,7 @@ def test_self_check_finds_a_shifted_mask(tiny, shift):
         row["mask"] = [0] + mask[:-1] if shift == 1 else mask[1:] + [0]
     rl.score_all(tiny, head, rows, 0.6, 64)
     with pytest.raises(sft.Problem, match="self-check"):
-        rl.self_check(rows, episodes, tiny)
+        rl.self_check(rows, episodes, tiny, "train")
 
 
 def test_self_check_finds_another_temperature(tiny):
@@ -587,7 +604,7 @@ def test_self_check_finds_another_temperature(tiny):
     head, rows, episodes = fresh_batch(tiny, settings())
     rl.score_all(tiny, head, rows, 0.7, 64)
     with pytest.raises(sft.Problem, match="temperature"):
-        rl.self_check(rows, episodes, tiny)
+        rl.self_check(rows, episodes, tiny, "train")
 
 
 def test_self_check_finds_a_held_out_hand(tiny):
@@ -597,14 +614,14 @@ def test_self_check_finds_a_held_out_hand(tiny):
     stranger.reset(0)
     episodes[2].env.hand = stranger.hand
     with pytest.raises(sft.Problem, match="held-out"):
-        rl.self_check(rows, episodes, tiny)
+        rl.self_check(rows, episodes, tiny, "train")
 
 
 def test_self_check_claims_only_what_it_checked(tiny):
     """Catches "no held-out hand" in the log of a run that trains on all of them."""
     _, rows, episodes = fresh_batch(tiny, settings(), solve_ats=[1] * 16, split="all")
     assert {gp_env.split_of(episode.env.hand.cards) for episode in episodes} != {"train"}
-    assert "no held-out hand" not in rl.self_check(rows, episodes, tiny)
+    assert "no held-out hand" not in rl.self_check(rows, episodes, tiny, "all")
 
 
 FLAGS = ["--from-backbone", "--updates", 3, "--episodes", 4, "--max-new-tokens", 4, "--epochs", 2,
@@ -631,8 +648,8 @@ def assert_same_run(one, other):
     """Two finished runs: equal metrics, evaluations, weights and state, to the last bit."""
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert rows_of(one / name) == rows_of(other / name), name
-    (step, path), = sft.checkpoints(one)
-    (step2, path2), = sft.checkpoints(other)
+    assert [step for step, _ in sft.checkpoints(one)] == [2, 3]     # the newest, and one to spare
+    (step, path), (step2, path2) = sft.checkpoints(one)[-1], sft.checkpoints(other)[-1]
     assert step == step2 == 3
     assert same(sft.load_state(path), sft.load_state(path2))
     assert same(sft.load_backbone(path).model.state_dict(),
@@ -669,6 +686,30 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(rigged, monkeypatch, capsys)
         train(monkeypatch, capsys, out, "--resume")
         assert_same_run(rigged / "unbroken", out)
         shutil.rmtree(out)
+
+
+def test_sigkill_and_resume_in_a_process_of_its_own(tiny, tmp_path):
+    """Catches what only a real kill leaves behind: no exception, no clean-up, buffers lost."""
+    sft.save_checkpoint(tmp_path / "model", tiny)
+    line = [sys.executable, str(pathlib.Path(rl.__file__)), "--model", "model", "--threads", "1",
+            *map(str, FLAGS), "--out"]
+
+    def go(out, *flags, kill_after=None):
+        process = subprocess.Popen([*line, out, *flags], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True)
+        while kill_after and not (tmp_path / out / kill_after).exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        if kill_after:
+            process.kill()                      # SIGKILL: nothing in the process can catch it
+        error = process.communicate()[1]
+        assert process.returncode == (-signal.SIGKILL if kill_after else 0), error
+
+    go("unbroken")
+    go("killed", kill_after="step-000001")
+    assert len(rows_of(tmp_path / "killed" / "metrics.jsonl")) < 3
+    go("killed", "--resume")
+    assert_same_run(tmp_path / "unbroken", tmp_path / "killed")
 
 
 def test_kl_is_measured_from_the_start(rigged, monkeypatch, capsys):

@@ -394,6 +394,21 @@ def test_leftovers_of_a_killed_save_are_no_checkpoint(tiny, tmp_path):
     assert_same_run(tmp_path / "unbroken", tmp_path / "killed")
 
 
+def test_kill_between_the_two_moves_of_a_save_loses_nothing(tiny, tmp_path):
+    """Catches a clean-up that deletes the only copy: old one set aside, new one not in place."""
+    whole = tmp_path / "step-000001"
+    sft.save_checkpoint(whole, tiny, {"tokens": 1})
+    before = files_of(whole)
+    whole.rename(tmp_path / ".step-000001.77.old")
+    sft.clear_up(tmp_path)
+    assert files_of(whole) == before
+    # killed one moment later: the new one is in place, the old one is only rubbish
+    shutil.copytree(whole, tmp_path / ".step-000001.77.old")
+    (tmp_path / ".args.json.77.tmp").write_text("{")
+    sft.clear_up(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Killed()])
 def test_failed_save_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, error):
     """Catches a checkpoint written in place, which a full disk turns into half of one."""

@@ -61,6 +61,9 @@ CASES = [
      "'formula': '8/(3-8/3)=24',}", EIGHTS, "correct", "Correct."),
     ("only the formula", "formula: 8/(3-8/3)=24", EIGHTS, "correct", "Correct."),
     ("capitals", "FORMULA: 8/(3-8/3)=24", EIGHTS, "correct", "Correct."),
+    ("a capital in strict JSON", '{"Formula": "8/(3-8/3)=24"}', EIGHTS, "correct", "Correct."),
+    ("an object in an object", '{"answer": ' + strict("8/(3-8/3)=24") + "}", EIGHTS, "correct",
+     "Correct."),
     ("words around the object", "Sure, I take thirds. " + strict("8/(3-8/3)=24") + " Done!",
      EIGHTS, "correct", "Correct."),
     ("a second line of words", "formula: 8/(3-8/3)=24\nbecause 8/3 is near 3", EIGHTS, "correct",
@@ -113,6 +116,9 @@ CASES = [
     ("full-width digit", strict("８/(3-8/3)=24"), EIGHTS, "illegal", "only numbers and"),
     ("150 digits", strict("9" * 150 + "=24"), EIGHTS, "illegal", "the number is too long"),
     ("5 digits", strict("10000-9976=24"), EIGHTS, "illegal", "'10000': the number is too long"),
+    ("300 characters", strict("8+" * 150 + "8=24"), EIGHTS, "illegal", "the formula is too long"),
+    ("prose for a formula", strict("I think that thirds are the way to go here, " * 6), EIGHTS,
+     "illegal", "'I': the formula is too long"),
     ("a word for a number", strict("eight/(3-8/3)=24"), EIGHTS, "illegal", "'e': only numbers"),
     ("code", strict("__import__('os')"), EIGHTS, "illegal", "'_': only numbers and"),
     ("an empty formula", strict(""), EIGHTS, "illegal", "a number or ( should stand here"),
@@ -287,9 +293,11 @@ def reference_formulas(text):
     """All formula fields of an answer, found by cutting the text apart at the word `formula`."""
     try:
         found = json.loads(text, object_pairs_hook=lambda pairs: {"pairs": pairs})
-        if isinstance(found, dict):
-            return [value if isinstance(value, str) else ""
-                    for key, value in found["pairs"] if key == "formula"]
+        fields = [value if isinstance(value, str) else ""
+                  for key, value in (found["pairs"] if isinstance(found, dict) else [])
+                  if key.lower() == "formula"]
+        if fields:
+            return fields
     except (ValueError, RecursionError):
         pass
     formulas = []
