@@ -10,7 +10,7 @@ memorised "face cards are 10" fails, and its `number` field shows that it did.
 
 What happens in an episode (`GeneralPoints`):
   1. deal four cards from one split (train / val / test, or all), solvable under the rule
-  2. reset() returns the prompt: task, rule, cards, output format
+  2. reset() returns the prompt: task, rule, cards (in words, or as a picture), output format
   3. step(answer) asks verifier.py; a failed try returns its message as the next user turn
   4. it ends with success (terminated) or after `tries` failed answers (truncated)
 
@@ -21,6 +21,7 @@ stay unseen by every stage: backbone, SFT and RL.
 
     python gp_env.py                        play in the terminal, verifier messages included
     python gp_env.py --rule face --seed 3   the OOD rule
+    python gp_env.py --picture hand.png     the cards come as a picture (GP-VL)
     python gp_env.py --solve 8 3 8 3        every solution of a hand (first call: a few seconds)
 
 Read before: verifier.py. Read next: sft.py.
@@ -29,11 +30,13 @@ Read before: verifier.py. Read next: sft.py.
 import argparse
 import functools
 import itertools
+import math
 import string
 import sys
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from verifier import GP_MESSAGES, GP_REWARDS, ILLEGAL_WHY, verify_gp
 
@@ -129,7 +132,7 @@ class Hand:
     """Four dealt cards and what is asked of them."""
 
     cards: tuple            # four of RANKS, in the order shown
-    suits: tuple            # four of SUITS["all"]; GP-L does not show them
+    suits: tuple            # four of SUITS["all"]; only a picture shows them
     rule: tuple             # what J, Q, K count
     target: int = TARGET
 
@@ -250,14 +253,158 @@ def solutions(numbers, target=TARGET):
 
 
 # ------------------------------------------------------------------------------------------------
+# Pictures (GP-VL). Pillow ships one font and no suit symbols, so those are drawn as polygons. The
+# corner index is large, as on cards for weak eyes: the small backbone gets 128 x 64 pixels for four
+# cards. Everything is drawn several times too large and shrunk, since Pillow does not smooth edges.
+# ------------------------------------------------------------------------------------------------
+
+PICTURE_SIZE = (128, 64)                    # the least that can be read; the paper: 1200 x 1200
+INK = {"black": (20, 20, 28), "red": (206, 24, 36)}
+COLOUR = {suit: colour for colour in INK for suit in SUITS[colour]}
+CARD_SHAPE = 14 / 9                         # height of a card over its width
+WEIGHTS = 3                                 # font weights
+TILT = 5                                    # degrees that a card may lie askew, either way
+# Where the pips of 2 to 10 lie: x (-1 left, 0 middle, 1 right column) and y (-1 top, 1 bottom).
+_SIDES = [(x, y) for x in (-1, 1) for y in (-1, 1)]
+_LONG = [(x, y) for x in (-1, 1) for y in (-1, -1 / 3, 1 / 3, 1)]
+PIPS = {"2": [(0, -1), (0, 1)], "3": [(0, -1), (0, 0), (0, 1)], "4": _SIDES,
+        "5": _SIDES + [(0, 0)], "6": _SIDES + [(-1, 0), (1, 0)],
+        "7": _SIDES + [(-1, 0), (1, 0), (0, -0.5)],
+        "8": _SIDES + [(-1, 0), (1, 0), (0, -0.5), (0, 0.5)],
+        "9": _LONG + [(0, 0)], "10": _LONG + [(0, -2 / 3), (0, 2 / 3)]}
+
+
+def _disc(x, y, radius):
+    """A circle as a polygon."""
+    turns = [2 * math.pi * i / 32 for i in range(32)]
+    return [(x + radius * math.cos(t), y + radius * math.sin(t)) for t in turns]
+
+
+# Each symbol: polygons in a square of -1..1 with y pointing down.
+_HEART = [_disc(-0.47, -0.42, 0.5), _disc(0.47, -0.42, 0.5),
+          [(-0.9, -0.18), (0, 1), (0.9, -0.18), (0, -0.6)]]
+_FOOT = [(0, 0), (0.4, 1), (-0.4, 1)]
+SYMBOLS = {
+    "hearts": _HEART,
+    "diamonds": [[(0, -1), (0.78, 0), (0, 1), (-0.78, 0)]],
+    "spades": [[(x, -0.88 * y - 0.1) for x, y in part] for part in _HEART] + [_FOOT],
+    "clubs": [_disc(0, -0.5, 0.46), _disc(-0.5, 0.16, 0.46), _disc(0.5, 0.16, 0.46),
+              _disc(0, -0.05, 0.25), _FOOT],
+    # Headgear tells the court cards apart: a feathered cap, a round diadem, a spiked crown.
+    "J": [[(-0.9, 0.9), (-0.9, 0.2), (0.9, 0.2), (0.9, 0.9)],
+          [(-0.2, 0.2), (0.5, -1), (0.9, -0.7), (0.4, 0.2)]],
+    "Q": [[(-0.9, 0.9), (-0.9, 0.3), (0.9, 0.3), (0.9, 0.9)],
+          _disc(-0.65, -0.15, 0.32), _disc(0, -0.45, 0.36), _disc(0.65, -0.15, 0.32)],
+    "K": [[(-0.9, 0.9), (-0.9, -0.9), (-0.45, 0), (0, -1), (0.45, 0), (0.9, -0.9), (0.9, 0.9)]],
+}
+
+
+def _stamp(draw, symbol, x, y, radius, ink):
+    """Draw one of SYMBOLS, centred, with this half-width in pixels."""
+    for part in SYMBOLS[symbol]:
+        draw.polygon([(x + radius * px, y + radius * py) for px, py in part], fill=ink)
+
+
+def _letters(text, weight, width, height):
+    """A mask ("L" image) of ink: the text, `height` pixels high, squeezed if wider than `width`."""
+    font = ImageFont.load_default(2 * height)
+    box = font.getbbox(text, stroke_width=weight)
+    mask = Image.new("L", (box[2] - box[0], box[3] - box[1]))
+    ImageDraw.Draw(mask).text((-box[0], -box[1]), text, 255, font, stroke_width=weight)
+    natural = round(mask.width * height / mask.height)
+    return mask.resize((min(width, natural), height), Image.Resampling.LANCZOS)
+
+
+@functools.lru_cache(maxsize=52 * WEIGHTS)
+def _card_face(rank, suit, weight, width):
+    """One card, upright, `width` pixels wide, as an RGBA image with clear corners.
+
+    Kept, since there are only 52 * WEIGHTS of them in a size; what differs between two pictures of
+    a card is how it lies (`draw_hand`).
+    """
+    height, ink = round(width * CARD_SHAPE), INK[COLOUR[suit]]
+    face = Image.new("RGBA", (width, height), (255, 255, 255, 0))
+    draw = ImageDraw.Draw(face)
+    edge = max(1, width // 40)
+    draw.rounded_rectangle((0, 0, width - 1, height - 1), width // 9, (252, 251, 246),
+                           (150, 150, 146), edge)
+    # the index: rank, and the suit below it
+    high, wide = round(0.32 * height), round(0.42 * width)
+    letters = _letters(rank, (0, 2, 4)[weight] * high // 50, wide, high)
+    middle = 0.27 * width
+    face.paste(ink, (round(middle - letters.width / 2), round(0.08 * height)), letters)
+    _stamp(draw, suit, middle, 0.57 * height, 0.16 * width, ink)
+    # the field to the right of it: pips, or headgear over a large symbol in a frame
+    centre, middle = 0.72 * width, 0.5 * height
+    if rank in PIPS:
+        for x, y in PIPS[rank]:
+            _stamp(draw, suit, centre + 0.13 * width * x, middle + 0.36 * height * y,
+                   0.09 * width, ink)
+    elif rank == "A":
+        _stamp(draw, suit, centre, middle, 0.19 * width, ink)
+    else:
+        draw.rectangle((centre - 0.2 * width, 0.08 * height, centre + 0.2 * width, 0.92 * height),
+                       (246, 226, 160), ink, edge)
+        _stamp(draw, rank, centre, 0.3 * height, 0.14 * width, ink)
+        _stamp(draw, suit, centre, 0.66 * height, 0.15 * width, ink)
+    return face
+
+
+def draw_hand(hand, seed, size=PICTURE_SIZE):
+    """The picture of a hand: four cards in a row on green cloth, an RGB image.
+
+    hand: a Hand. seed: chance of this picture: how each card lies (place, tilt of up to TILT
+    degrees, size of 90 to 100 %), the font's weight, the shade of the cloth. size: (width, height)
+    in pixels, at least PICTURE_SIZE, or ValueError. A pure function of these three. (The released
+    code lays all cards out alike: a table of 52 pictures and four places would then "read" them.)
+
+    Each card keeps within its quarter of the width: none is cut off, none hides another.
+    """
+    if size[0] < PICTURE_SIZE[0] or size[1] < PICTURE_SIZE[1]:
+        raise ValueError(f"a picture needs {PICTURE_SIZE[0]} x {PICTURE_SIZE[1]} pixels or more, "
+                         f"not {size[0]} x {size[1]}")
+    rng = np.random.default_rng(seed)
+    times = 3 if size[0] < 512 else 2                   # drawn so much too large
+    cell, height = times * size[0] / 4, times * size[1]
+    weight, shade = int(rng.integers(WEIGHTS)), rng.uniform(0.85, 1.15)
+    cloth = tuple(round(shade * c) for c in (36, 110, 72))
+    canvas = Image.new("RGB", (times * size[0], times * size[1]), cloth)
+    wide = round(min(0.84 * cell, 0.84 * height / CARD_SHAPE))
+    for i, (rank, suit) in enumerate(zip(hand.cards, hand.suits)):
+        face = _card_face(rank, suit, weight, wide)
+        angle, scale = math.radians(rng.uniform(-TILT, TILT)), rng.uniform(0.9, 1.0)
+        # the box around the tilted card, and how far its centre may be from that of its cell
+        cos, sin = math.cos(angle), math.sin(angle)
+        box = (scale * (face.width * cos + face.height * abs(sin)),
+               scale * (face.height * cos + face.width * abs(sin)))
+        x = cell * (i + 0.5) + (cell / 2 - box[0] / 2 - times) * rng.uniform(-1, 1)
+        y = height / 2 + (height / 2 - box[1] / 2 - times) * rng.uniform(-1, 1)
+        # Pillow asks for the way back: from a pixel of the result to one of the upright card,
+        #     source = R(-angle) (target - centre of target) / scale + centre of source
+        left, top = math.floor(x - box[0] / 2), math.floor(y - box[1] / 2)
+        room = (math.ceil(box[0]) + 2, math.ceil(box[1]) + 2)
+        a, b = cos / scale, sin / scale
+        dx, dy = x - left, y - top
+        lying = face.transform(room, Image.Transform.AFFINE, (
+            a, b, face.width / 2 - a * dx - b * dy, -b, a, face.height / 2 + b * dx - a * dy),
+            Image.Resampling.BILINEAR, fillcolor=(255, 255, 255, 0))
+        canvas.paste(lying, (left, top), lying)
+    return canvas.reduce(times)
+
+
+# ------------------------------------------------------------------------------------------------
 # Prompt, expert answer, environment
 # ------------------------------------------------------------------------------------------------
 
 
-def prompt(hand, template=PROMPT, ask=ASK, keys=KEYS):
-    """The first user turn: task with the rule, the cards, the output format with the rule again."""
+def prompt(hand, template=PROMPT, ask=ASK, keys=KEYS, pictured=False):
+    """The first user turn: task with the rule, the cards, the output format with the rule again.
+
+    pictured: the cards are not listed, the turn comes with a picture of them (GP-VL).
+    """
     slots = dict(zip("jqk", hand.rule), target=hand.target) | dict(zip("cnf", keys))
-    return template.format(cards=", ".join(hand.cards), ask=ask.format(**slots), **slots)
+    cards = IN_PICTURE if pictured else ", ".join(hand.cards)
+    return template.format(cards=cards, ask=ask.format(**slots), **slots)
 
 
 def answer(hand, numbers, formula, template=ANSWER, card_gap='", "', number_gap=", ", keys=KEYS):
@@ -287,21 +434,28 @@ class GeneralPoints:
 
     An observation is a dict: "text", the next user turn; "image", a picture or None;
     "new_conversation", True if everything said before is to be forgotten (only at reset here).
+
+    picture: (width, height) in pixels makes it GP-VL: the cards come as a picture with the first
+    turn, and misreading them costs extra. None: GP-L.
     """
 
     def __init__(self, rule="ten", face=False, suits="all", split="train", target=TARGET,
-                 tries=TRIES, scoring_rule=None):
+                 tries=TRIES, scoring_rule=None, picture=None):
         # scoring_rule is the `fake` probe: the prompt states `rule`, the verifier scores by this.
         self.rule, self.face, self.suits, self.split = rule, face, suits, split
         self.target, self.tries, self.scoring_rule = target, tries, scoring_rule
-        self.hand, self.used, self.over = None, 0, True
+        self.picture = picture
+        self.hand, self.image, self.used, self.over = None, None, 0, True
 
     def reset(self, seed):
         """Deal the hand number `seed` (an int or a list of ints). Returns (observation, info)."""
-        self.hand = deal(np.random.default_rng(seed), self.rule, self.face, self.suits, self.split,
-                         self.target)
+        rng = np.random.default_rng(seed)
+        self.hand = deal(rng, self.rule, self.face, self.suits, self.split, self.target)
         self.used, self.over = 0, False
-        return self._observe(prompt(self.hand), True), {"hand": self.hand}
+        if self.picture:
+            self.image = draw_hand(self.hand, int(rng.integers(2**31)), self.picture)
+        text = prompt(self.hand, pictured=bool(self.picture))
+        return self._observe(text, True), {"hand": self.hand}
 
     def step(self, text):
         """Judge one answer. Returns (observation, reward, terminated, truncated, info).
@@ -314,7 +468,8 @@ class GeneralPoints:
             raise RuntimeError("no episode is under way: call reset() before step()")
         scored = self.hand if self.scoring_rule is None else Hand(
             self.hand.cards, self.hand.suits, RULES[self.scoring_rule], self.target)
-        verdict = verify_gp(text, scored.cards, scored.numbers, self.target)
+        verdict = verify_gp(text, scored.cards, scored.numbers, self.target,
+                            picture=bool(self.picture))
         self.used += 1
         terminated = verdict.correct
         truncated = not terminated and self.used >= self.tries
@@ -325,22 +480,28 @@ class GeneralPoints:
                 {"verdict": verdict, "hand": self.hand})
 
     def _observe(self, text, new):
-        return {"text": text, "image": None, "new_conversation": new}
+        return {"text": text, "image": self.image if new else None, "new_conversation": new}
 
 
 # ------------------------------------------------------------------------------------------------
 # Training text: expert conversations for SFT, a broad corpus for the small backbone.
 # A conversation is a list of {"role", "content", "learn"}; the loss falls on turns with learn=True.
+# The first turn of a pictured one has an "image" as well.
 # ------------------------------------------------------------------------------------------------
 
 
-def expert_conversation(rng, **how):
-    """One optimal single-turn example, as in the paper's SFT data. how: arguments of `deal`."""
+def expert_conversation(rng, picture=None, **how):
+    """One optimal single-turn example, as in the paper's SFT data. how: arguments of `deal`.
+
+    picture: None, or the (width, height) of the picture that shows the cards.
+    """
     hand = deal(rng, **how)
     ways = solutions(hand.numbers, hand.target)
     formula = ways[rng.integers(len(ways))]
-    return [{"role": "user", "content": prompt(hand), "learn": False},
-            {"role": "assistant", "content": expert_answer(hand, formula), "learn": True}]
+    first = {"role": "user", "content": prompt(hand, pictured=bool(picture)), "learn": False}
+    if picture:
+        first["image"] = draw_hand(hand, int(rng.integers(2**31)), picture)
+    return [first, {"role": "assistant", "content": expert_answer(hand, formula), "learn": True}]
 
 
 def backbone_conversations(rng, count):
@@ -476,6 +637,8 @@ def main():
     parser.add_argument("--target", type=int, default=TARGET, help="number to reach (paper: 24)")
     parser.add_argument("--solve", type=int, nargs=4, metavar="N",
                         help="print all solutions of four numbers 1..13 and stop")
+    parser.add_argument("--picture", metavar="FILE",
+                        help="show the cards as a picture, in this PNG file, instead of in words")
     args = parser.parse_args()
     if args.seed < 0:
         parser.error("--seed must be 0 or more")
@@ -487,10 +650,14 @@ def main():
         found = solutions(args.solve, args.target)
         print("\n".join(found) if found else "no solution")
         return
-    env = GeneralPoints(rule=args.rule, face=args.rule == "face", split="all", target=args.target)
+    env = GeneralPoints(rule=args.rule, face=args.rule == "face", split="all", target=args.target,
+                        picture=(640, 320) if args.picture else None)
     try:
         observation, _ = env.reset(args.seed)
-    except ValueError as error:
+        if args.picture:
+            observation["image"].save(args.picture, format="PNG")
+            print(f"The picture is in {args.picture}.")
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(observation["text"] + "\n(You may also type the formula alone; an empty line gives up.)")
     terminated = truncated = False

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import gp_env
 from gp_env import (OTHER_PROMPTS, RANKS, RULES, GeneralPoints, Hand, backbone_conversations,
@@ -353,6 +354,124 @@ def test_phrases_are_distinct_and_cover_the_prompt():
 
 
 # ------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------
+
+SIZES = [(128, 64), (300, 64), (130, 400), (511, 257), (1200, 1200)]
+
+
+def pixels(picture):
+    """(cloth, red ink, black ink): three (height, width) arrays of truth."""
+    red, green, blue = np.asarray(picture).astype(int).transpose(2, 0, 1)
+    return (green > red + 20, (red > 150) & (green < 90) & (blue < 100),
+            (red < 60) & (green < 60) & (blue < 60))
+
+
+@pytest.mark.parametrize("suit, ink", [("spades", "black"), ("clubs", "black"),
+                                       ("hearts", "red"), ("diamonds", "red")])
+def test_ink_is_that_of_the_suit(suit, ink):
+    """A red suit in black ink: the visual shift would change nothing, or the labels would lie."""
+    for i, rank in enumerate(RANKS):
+        hand = Hand((rank,) * 4, (suit,) * 4, RULES["ten"])
+        _, red, black = pixels(gp_env.draw_hand(hand, i))
+        right, wrong = (red, black) if ink == "red" else (black, red)
+        for quarter in np.split(right, 4, axis=1):
+            assert quarter.sum() > 30, (rank, suit)
+        assert wrong.sum() == 0, (rank, suit)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_four_whole_cards_apart(size):
+    """A card runs over the edge or under its neighbour, or a size is rounded to another."""
+    for seed in range(2 if size[0] > 1000 else 25):
+        hand = deal(np.random.default_rng(seed), suits="all")
+        picture = gp_env.draw_hand(hand, seed, size)
+        assert picture.size == size and picture.mode == "RGB"
+        cloth, *_ = pixels(picture)
+        assert cloth[[0, -1]].all() and cloth[:, [0, -1]].all(), "a card touches the edge"
+        borders = [round(size[0] * i / 4) for i in (1, 2, 3)]
+        assert all(cloth[:, x - 1:x + 1].all(axis=0).any() for x in borders), "cards touch"
+        for quarter in np.array_split(~cloth, 4, axis=1):
+            wide, high = quarter.any(axis=0).sum(), quarter.any(axis=1).sum()
+            assert 1.2 < high / wide < 1.8 and wide > 20, "not one whole card"
+
+
+def test_a_picture_is_a_function_of_hand_seed_and_size():
+    """A global random state or a kept card slips in: a resumed run sees other pictures."""
+    hand = deal(np.random.default_rng(0), suits="red")
+    first = gp_env.draw_hand(hand, 5)
+    np.random.seed(1)
+    gp_env.draw_hand(deal(np.random.default_rng(1)), 5, (200, 90))
+    assert first.tobytes() == gp_env.draw_hand(hand, 5).tobytes()
+    assert first.tobytes() != gp_env.draw_hand(hand, 6).tobytes()
+    # rule and target are words of the prompt, not of the picture
+    other = Hand(hand.cards, hand.suits, RULES["face"], 30)
+    assert first.tobytes() == gp_env.draw_hand(other, 5).tobytes()
+
+
+def test_cards_differ_more_than_their_poses_hide():
+    """Two ranks look alike at the smallest size: nothing could read them."""
+    seen = {}
+    for rank in RANKS:
+        for suit in gp_env.SUITS["all"]:
+            picture = gp_env.draw_hand(Hand((rank,) * 4, (suit,) * 4, RULES["ten"]), 0)
+            seen[rank, suit] = np.asarray(picture.convert("L")).astype(int)
+    for one, other in itertools.combinations(seen, 2):
+        different = np.abs(seen[one] - seen[other]) > 40
+        assert all(part.sum() > 8 for part in np.split(different, 4, axis=1)), (one, other)
+
+
+@pytest.mark.parametrize("size", [(127, 64), (128, 63), (0, 0)])
+def test_a_picture_too_small_to_read_is_refused(size):
+    """Cards of three pixels: recognition is impossible, and nothing says so."""
+    with pytest.raises(ValueError, match="128 x 64"):
+        gp_env.draw_hand(Hand(("A",) * 4, SPADES, RULES["ten"]), 0, size)
+
+
+def test_pictured_game_shows_and_does_not_tell():
+    """The prompt still lists the cards, another hand is shown, or the deal depends on pictures."""
+    for seed in range(10):
+        how = dict(rule="face", face=True, suits="red", split="test")
+        told, _ = GeneralPoints(**how).reset(seed)
+        env = GeneralPoints(**how, picture=(160, 80))
+        shown, info = env.reset(seed)
+        hand = info["hand"]
+        assert told["text"] == prompt(hand) and told["image"] is None
+        assert shown["text"] == told["text"].replace(", ".join(hand.cards), gp_env.IN_PICTURE)
+        assert ", ".join(hand.cards) not in shown["text"]
+        assert shown["image"].size == (160, 80)
+        _, red, black = pixels(shown["image"])
+        assert red.any() and not black.any(), "these are not the suits that were dealt"
+        observation, *_ = env.step("no idea")
+        assert observation["image"] is None and observation["new_conversation"] is False
+
+
+def test_misread_cards_cost_extra_in_pictures_only():
+    """Recognition is not rewarded in GP-VL, or punished in GP-L, where nothing is to be read."""
+    for picture, cost in ((None, 0.0), ((128, 64), 1.5)):
+        env = GeneralPoints(picture=picture)
+        hand = env.reset(0)[1]["hand"]
+        wrong = tuple("2" if card != "2" else "3" for card in hand.cards)
+        text = gp_env.answer(Hand(wrong, SPADES, hand.rule), hand.numbers,
+                             solutions(hand.numbers)[0])
+        observation, reward, *_ = env.step(text)
+        assert reward == 5.0 - cost
+        assert ("read wrongly" in observation["text"]) == bool(picture)
+
+
+def test_pictured_experts_are_the_same_experts():
+    """Drawing a picture moves the random numbers that choose hand and formula."""
+    for seed in range(10):
+        how = dict(suits="black", split="all")
+        plain = expert_conversation(np.random.default_rng(seed), **how)
+        shown = expert_conversation(np.random.default_rng(seed), picture=(128, 64), **how)
+        assert shown[1] == plain[1] and "image" not in plain[0]
+        assert set(shown[0]) == {"role", "content", "learn", "image"}
+        _, red, black = pixels(shown[0]["image"])
+        assert not red.any() and black.any()
+
+
+# ------------------------------------------------------------------------------------------------
 # The environment
 # ------------------------------------------------------------------------------------------------
 
@@ -490,6 +609,17 @@ def test_giving_up_shows_a_solution():
     game = run_game("--seed", "0")
     assert game.returncode == 0 and game.stderr == ""
     assert f"One solution: {solutions(hand.numbers)[0]}" in game.stdout
+
+
+def test_game_with_a_picture_shows_it_and_lists_no_card(tmp_path):
+    """--picture writes nothing, or gives the answer away in words."""
+    hand = GeneralPoints(split="all").reset(4)[1]["hand"]
+    game = run_game("--seed", "4", "--picture", str(tmp_path / "hand.png"))
+    assert game.returncode == 0 and game.stderr == ""
+    assert str(tmp_path / "hand.png") in game.stdout and ", ".join(hand.cards) not in game.stdout
+    assert Image.open(tmp_path / "hand.png").size == (640, 320)
+    game = run_game("--picture", str(tmp_path / "no" / "hand.png"))
+    assert game.returncode == 2 and "error: " in game.stderr and "Traceback" not in game.stderr
 
 
 def test_solve_prints_all_solutions():
