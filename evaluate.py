@@ -6,7 +6,8 @@ intervals, the two shifts of "rule OOD" apart, and the `fake` probe.
 
   1. deal the hands of a cell; they depend on the cell alone, never on a training seed
   2. play all episodes in one batch, up to five tries each, keeping the attention cache between
-     tries (`play`: rl.py collects its experience with the same function)
+     tries (`play`: rl.py collects its experience with the same function); a picture is looked at
+     once, with the first turn
   3. count: success within the tries and at the first, cards and numbers read right, error kinds
   4. every rate with its Wilson 95 % interval
 
@@ -14,6 +15,7 @@ Shapes: B episodes in a batch, K turns of an episode, T tokens, V vocabulary.
 
     python evaluate.py --model runs/sft-gp-l-s0/step-000100 --ood      all cells
     python evaluate.py --model ... --show 4                            transcripts
+    python evaluate.py --model ... --task gp-vl --ood                  in pictures
     python evaluate.py --run runs/sft-gp-l-s0 --ood                    every checkpoint of a run
     python evaluate.py --plot results --out results/figure.png         the figure, from metrics
 
@@ -37,8 +39,9 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 import gp_env
-from sft import (DEFAULT_MODEL, TASKS, Metrics, Problem, check_flags, checkpoints, guarded,
-                 load_backbone, pick_device, read_lines, user_ids, write_json)
+from sft import (DEFAULT_MODEL, TASKS, Metrics, Problem, check_flags, checkpoints, cross_states,
+                 crossing_layers, guarded, load_backbone, look, may_look, pick_device, read_lines,
+                 see, user_ids, write_json)
 
 EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same for every model
 
@@ -72,6 +75,7 @@ class Turn:
     message: str                # what the environment said back
     verdict: object
     new_conversation: bool      # nothing before this turn is visible to it
+    picture: dict | None = None     # what a new conversation shows, as tensors (sft.look)
 
 
 @dataclass
@@ -121,6 +125,17 @@ class RoomyLayer(DynamicLayer):
         self.room = None
 
 
+class PictureLayer(DynamicLayer):
+    """The cache of a layer that attends to a picture: new keys and values replace the old ones."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Keep (B, heads, tiles * patches, size) keys and values, and return them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
 class Reader:
     """The model reading B growing conversations at different speeds, with one cache.
 
@@ -131,6 +146,9 @@ class Reader:
         columns    0  1  2  3  4  5  6  7  8        a row's positions
         row 0      .  p  p  a  a  a  m  m  m        - 0 1 2 3 4 5 6 7
         row 1      p  p  p  a  .  .  .  m  m        0 1 2 3 - - - 4 5
+
+    A picture is looked at when its conversation is first read; then it lives in the cache, as
+    columns like others (LLaVA, Idefics) or as keys and values of layers of its own (Mllama).
     """
 
     def __init__(self, backbone, rows):
@@ -142,30 +160,72 @@ class Reader:
 
     def restart(self):
         """Forget everything."""
+        device = self.backbone.device
         self.cache = Cache(layer_class_to_replicate=RoomyLayer)
-        self.mask = torch.zeros(self.rows, 0, dtype=torch.long, device=self.backbone.device)
+        self.mask = torch.zeros(self.rows, 0, dtype=torch.long, device=device)
+        self.pictures = [None] * self.rows      # what each row shows
+        # Mllama: tiles of `cross_states` (None: no row shows anything); rows whose mark is read
+        self.tiles = None
+        self.looking = torch.zeros(self.rows, 1, dtype=torch.bool, device=device)
 
     def forget(self, row):
         """Make one row start afresh: none of its earlier columns is visible any more."""
-        self.mask[row] = 0
+        self.mask[row], self.looking[row] = 0, False
 
     def keep(self, indices):
         """Go on with only these rows."""
         self.rows = len(indices)
-        self.mask = self.mask[indices]
+        self.mask, self.looking = self.mask[indices], self.looking[indices]
+        self.pictures = [self.pictures[i] for i in indices.tolist()]
+        self.tiles = None if self.tiles is None else self.tiles[indices]
         self.cache.batch_select_indices(indices)
 
-    def read(self, ids, inside):
+    def _see(self, ids, pictures):
+        """What the trunk needs beside ids (B, W) when the rows show these pictures from now on.
+
+        Only what is new is looked at: a picture is new if it is another object than before.
+        """
+        new = [now is not before for now, before in zip(pictures, self.pictures)]
+        self.pictures = pictures
+        crossing = crossing_layers(self.backbone.model)
+        if not crossing:        # the old ones are columns of the cache
+            return see(self.backbone, ids, [picture if fresh else None
+                                            for picture, fresh in zip(pictures, new)])
+        extra = {}
+        if any(new):
+            # A layer keeps one tensor of keys for all rows, so all rows are shown again. A row that
+            # shows nothing any more must be emptied, too: its old keys would still be attended to.
+            self.tiles = None
+            self._empty(crossing)
+            if any(picture is not None for picture in pictures):
+                extra["cross_attention_states"], self.tiles = cross_states(self.backbone, pictures)
+        if self.tiles is not None:
+            extra["cross_attention_mask"] = may_look(self.backbone, ids, self.tiles, self.looking)
+            mark = self.backbone.model.config.image_token_index
+            self.looking = self.looking | (ids == mark).any(1, keepdim=True)
+        return extra
+
+    def _empty(self, crossing):
+        """Put an empty PictureLayer where each of the layers `crossing` has its cache."""
+        layers = self.cache.layers
+        layers += [RoomyLayer() for _ in range(len(layers), max(crossing) + 1)]
+        for i in crossing:
+            layers[i] = PictureLayer()
+
+    def read(self, ids, inside, pictures=None):
         """Append columns. ids, inside (B, W), inside 1 on real tokens -> logits (B, V) after the
         last column. W differs between calls; short rows are padded on the LEFT, so that the last
-        column is every row's latest token."""
+        column is every row's latest token.
+
+        pictures: what each row shows from now on, None in a row of text; without, as before."""
         self.mask = torch.cat([self.mask, inside], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         device = ids.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             hidden = self.backbone.model.base_model(
                 input_ids=ids, attention_mask=self.mask, position_ids=positions,
-                use_cache=True, **{self.cache_name: self.cache}).last_hidden_state[:, -1]
+                use_cache=True, **{self.cache_name: self.cache},
+                **self._see(ids, pictures or self.pictures)).last_hidden_state[:, -1]
             logits = self.backbone.model.get_output_embeddings()(hidden).float()
         if self.backbone.banned:
             logits[:, self.backbone.banned] = -torch.inf
@@ -183,12 +243,14 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
     """
     backbone.model.eval()       # train mode with checkpointing samples wrong tokens, silently
     device = backbone.device
-    episodes, pending, told = [], [], []
+    episodes, pending, told, shown = [], [], [], []
     for env, seed in zip(envs, seeds):
         observation, _ = env.reset(seed)
         episodes.append(Episode(env, observation["text"]))
-        told.append(user_ids(backbone, observation["text"], first=True))
-        pending.append(list(told[-1]))
+        ids, picture = _user_turn(backbone, observation)
+        told.append(ids)
+        shown.append(picture)
+        pending.append(list(ids))
     new = [True] * len(envs)
     playing = list(range(len(envs)))            # episode numbers of the rows of the batch
     spoken = [[] for _ in envs]                 # whole conversation so far, for keep_cache=False
@@ -198,22 +260,25 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
             reader.rows = len(playing)
             reader.restart()
         block = [pending[e] if keep_cache else spoken[e] + pending[e] for e in playing]
-        answers = _answer(backbone, reader, block, temperature, max_new_tokens, generator)
+        answers = _answer(backbone, reader, block, [shown[e] for e in playing], temperature,
+                          max_new_tokens, generator)
         texts = backbone.tokenizer.batch_decode([ids for ids, _ in answers],
                                                 skip_special_tokens=True)
         stay = []
         for row, (e, (ids, logprobs), text) in enumerate(zip(playing, answers, texts)):
             observation, reward, terminated, truncated, info = envs[e].step(text)
             episodes[e].turns.append(Turn(told[e], ids, logprobs, text, reward,
-                                          observation["text"], info["verdict"], new[e]))
+                                          observation["text"], info["verdict"], new[e],
+                                          shown[e] if new[e] else None))
             episodes[e].terminated, episodes[e].truncated = terminated, truncated
             if terminated or truncated:
                 continue
             stay.append(row)
             new[e] = observation["new_conversation"]
-            told[e] = user_ids(backbone, observation["text"], first=new[e])
+            told[e], picture = _user_turn(backbone, observation)
             if new[e]:
                 reader.forget(row)
+                shown[e] = picture              # until the next new conversation, or None
                 spoken[e], pending[e] = [], list(told[e])
                 continue
             if ids[-1] not in backbone.end_ids:         # cut off: close the turn for the model
@@ -230,8 +295,17 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
     return episodes
 
 
-def _answer(backbone, reader, block, temperature, max_new_tokens, generator):
+def _user_turn(backbone, observation):
+    """(token ids, picture as tensors or None) of what the environment says."""
+    if observation["image"] is not None:
+        return look(backbone, observation["text"], observation["image"])
+    return user_ids(backbone, observation["text"], observation["new_conversation"]), None
+
+
+def _answer(backbone, reader, block, pictures, temperature, max_new_tokens, generator):
     """Feed one block of tokens a row, then sample an answer for each.
+
+    pictures: what each row's conversation shows, or None.
 
     Returns [(ids, logprobs)] with the end token if it came. The last sampled token of a row is not
     in the cache yet.
@@ -245,7 +319,7 @@ def _answer(backbone, reader, block, temperature, max_new_tokens, generator):
     going = torch.ones(len(block), dtype=torch.bool, device=device)     # rows still speaking
     columns, scores, spoke = [], [], []
     for step in range(max_new_tokens):
-        logits = reader.read(ids, inside)                                          # (B, V)
+        logits = reader.read(ids, inside, pictures)                                # (B, V)
         if temperature > 0:
             logprobs = torch.log_softmax(logits / temperature, dim=-1)
             token = torch.multinomial(logprobs.exp(), 1, generator=generator)      # (B, 1)

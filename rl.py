@@ -80,6 +80,7 @@ def conversations(episodes):
     ends   for each try, the position of the last token BEFORE its answer: V is read there, because
            a value that had seen the answer would not be a baseline
     tries  for each try, (episode, number of the try), to find its reward and advantage
+    picture  what the conversation shows, as tensors (sft.look), or None
 
         position   0  1  2   3  4  5   6  7   8  9
         token      p  p  p   a  a  .   m  m   a  .       p prompt, a answer, . end, m message
@@ -89,7 +90,8 @@ def conversations(episodes):
     for e, episode in enumerate(episodes):
         for k, turn in enumerate(episode.turns):
             if turn.new_conversation:
-                rows.append({"ids": [], "mask": [], "ends": [], "tries": []})
+                rows.append({"ids": [], "mask": [], "ends": [], "tries": [],
+                             "picture": turn.picture})
             row = rows[-1]
             row["ids"] += turn.prompt_ids
             row["ends"].append(len(row["ids"]) - 1)
@@ -136,7 +138,8 @@ def score(backbone, head, rows, temperature, value_trunk=False):
     ids = pad([r["ids"] for r in rows]).to(device)                           # (rows, T)
     mask = pad([r["mask"] for r in rows]).to(device)
     lengths = torch.tensor([len(r["ids"]) for r in rows], device=device)
-    hidden = trunk(backbone, ids, lengths)                                   # (rows, T, H)
+    pictures = [r.get("picture") for r in rows]
+    hidden = trunk(backbone, ids, lengths, pictures)                         # (rows, T, H)
     logprobs, entropy = token_logprobs(backbone, hidden, ids, mask, temperature)
     at = [(i, end) for i, r in enumerate(rows) for end in r["ends"]]
     row, end = torch.tensor(at, device=device).T

@@ -6,7 +6,8 @@ file is left running.
 
   1. load any Hugging Face checkpoint: model, tokenizer, chat markup, end and banned tokens
   2. draw conversations (gp_env.py) that a solver has answered
-  3. turn a conversation into token ids and a loss mask, segment by segment
+  3. turn a conversation into token ids and a loss mask, segment by segment; a picture in its
+     first turn goes beside them, as tensors
   4. forward; log-probability of every answer token given all tokens before it
   5. loss = - mean over answer tokens (never over prompt or padding)
   6. backward in micro-batches, clip the gradient norm, AdamW with warm-up and cosine decay
@@ -103,6 +104,9 @@ class Backbone:
     before_answer: str      #   + before_next + MESSAGE + before_answer + ANSWER <end> ...
     before_next: str
     checkpointing: bool = False     # recompute activations in the backward pass
+    processor: object = None        # turns pictures into tensors; None if the model cannot see:
+    blind: str = "it is a text-only model"                      # ... and then this is why
+    before_picture: str = ""        # before_first of a turn with a picture, which it has a mark of
 
     @property
     def device(self):
@@ -152,7 +156,9 @@ def load_backbone(name, device="cpu", grad_checkpoint=False):
         raise Problem(f"--model {name}: cannot load it ({first[:200]}). Give a folder with "
                       "config.json, model.safetensors and a tokenizer, or a hub name you have "
                       "access to") from None
-    backbone = wrap_backbone(model.to(device).eval(), tokenizer, name)
+    processor, blind = load_processor(name, local) if sees else (None, "")
+    backbone = wrap_backbone(model.to(device).eval(), tokenizer, name, processor)
+    backbone.blind = blind or backbone.blind
     if grad_checkpoint:
         # Recompute each layer's activations in the backward pass instead of keeping them: about a
         # third more time, a fraction of the memory, and bit-equal gradients. (Newer releases of
@@ -162,7 +168,27 @@ def load_backbone(name, device="cpu", grad_checkpoint=False):
     return backbone
 
 
-def wrap_backbone(model, tokenizer, name="model"):
+def load_processor(name, local):
+    """What turns pictures into tensors for a vision-language model: (processor, "").
+
+    Or (None, why there is none): a text task does not mind. local: name is a folder.
+    """
+    from transformers import AutoProcessor
+    files = ("processor_config.json", "preprocessor_config.json")
+    if local and not any((pathlib.Path(name) / file).exists() for file in files):
+        return None, ("it has eyes, but was never trained to see (no processor_config.json); "
+                      "python sft.py --build gp-eyes teaches the small backbone")
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+    except Exception as error:      # as many types as in load_backbone
+        return None, f"its picture processor does not load ({str(error).strip()[:200]})"
+    if not hasattr(processor, "image_processor"):
+        # The Auto class does this silently when it does not know the class that is asked for
+        return None, "its picture processor came back as a bare tokenizer"
+    return processor, ""
+
+
+def wrap_backbone(model, tokenizer, name="model", processor=None):
     """Find the chat markup, the end tokens and the banned tokens of a model. Returns a Backbone."""
     if not getattr(tokenizer, "chat_template", None):
         raise Problem(f"--model {name}: its tokenizer has no chat template; use an instruct model")
@@ -180,6 +206,18 @@ def wrap_backbone(model, tokenizer, name="model"):
     if [whole.count(w) for w in ("UUU", "AAA", "FFF")] != [1, 1, 1] or once.count("UUU") != 1:
         raise Problem(f"--model {name}: its chat template drops or repeats turns; unsupported")
     before_first, before_answer = once.split("UUU")
+    before_picture, blind = "", "" if processor is not None else Backbone.blind
+    if processor is not None:
+        shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "UUU"}]}]
+        try:
+            whole_shown = tokenizer.apply_chat_template(
+                shown, chat_template=processor.chat_template, tokenize=False,
+                add_generation_prompt=True, **dated)
+            before_picture, after_shown = whole_shown.split("UUU")
+            if after_shown != before_answer:
+                raise ValueError("it changes more than the start of a turn")
+        except Exception as error:      # in words it may still do well
+            processor, blind = None, f"its chat template does not take a picture ({error})"
     after_answer = whole.split("AAA")[1].split("FFF")[0]
     end_id = (tokenizer(after_answer, add_special_tokens=False)["input_ids"] or [None])[0]
     end_text = "" if end_id is None else tokenizer.convert_ids_to_tokens(end_id)
@@ -202,13 +240,19 @@ def wrap_backbone(model, tokenizer, name="model"):
                     end_ids=list(dict.fromkeys([end_id] + [i for i in listed if i is not None])),
                     banned=sorted(i for i in banned if i is not None and i < rows),
                     before_first=before_first, before_answer=before_answer,
-                    before_next=after_answer[len(end_text):])
+                    before_next=after_answer[len(end_text):], processor=processor, blind=blind,
+                    before_picture=before_picture)
+
+
+def crossing_layers(model):
+    """Numbers of the layers that attend to a picture (Mllama); [] where pictures are tokens."""
+    return list(getattr(model.config.get_text_config(), "cross_attention_layers", None) or [])
 
 
 def task_parameters(model):
     """Number of parameters that a text task uses: the paper's N, without parts that only see."""
-    crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or []
-    skip = ["vision", "multi_modal", "visual", "connector"] + [f"layers.{i}." for i in crossing]
+    skip = ["vision", "multi_modal", "visual", "connector"]
+    skip += [f"layers.{i}." for i in crossing_layers(model)]
     return sum(p.numel() for n, p in model.named_parameters() if not any(s in n for s in skip))
 
 
@@ -224,6 +268,33 @@ def user_ids(backbone, text, first):
                               add_special_tokens=False)["input_ids"]
 
 
+def look(backbone, text, image):
+    """A first user turn that shows a picture -> (token ids, the picture as a dict of tensors).
+
+    image: a PIL picture. Its place in the ids is one mark (Mllama: layers of its own look at the
+    picture) or a run of placeholders that the trunk replaces by what the eyes saw (LLaVA, Idefics).
+    Raises Problem if the model cannot see, or cannot see this.
+    """
+    if backbone.processor is None:
+        raise Problem(f"the model cannot see: {backbone.blind}")
+    size = getattr(image, "size", (0, 0))
+    if getattr(image, "mode", "") != "RGB" or min(size) < 16 or max(size) > 16 * min(size):
+        raise Problem(f"a picture must be RGB, 16 pixels or more a side and not 16 times as long "
+                      f"as wide; this one is {getattr(image, 'mode', type(image))}, {size}")
+    text = backbone.before_picture + text + backbone.before_answer
+    if crossing_layers(backbone.model):
+        ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        seen = backbone.processor.image_processor([[image]], return_tensors="pt")
+    else:
+        seen = backbone.processor(text=[text], images=[[image]], return_tensors="pt",
+                                  add_special_tokens=False)
+        ids = seen["input_ids"][0].tolist()
+    # what is left is about the picture; its mask over the tokens has to grow with the
+    # conversation, so it is made where the tokens are (may_look)
+    apart = ("input_ids", "attention_mask", "token_type_ids", "num_tiles")
+    return ids, {key: value for key, value in seen.items() if key not in apart}
+
+
 def answer_ids(backbone, text):
     """Token ids of an assistant turn, closed by the end-of-turn token (it is learnt too)."""
     return backbone.tokenizer(text, add_special_tokens=False)["input_ids"] + backbone.end_ids[:1]
@@ -231,6 +302,8 @@ def answer_ids(backbone, text):
 
 def encode(backbone, conversation):
     """Token ids and loss mask of a conversation, both lists of the same length.
+
+    One that opens with a picture has a third entry, the picture as tensors (`look`).
 
     Segments are tokenised apart and joined, because that is what RL sees: a prompt, then sampled
     ids, then a message. Encoding the whole text at once could merge tokens across the border, and
@@ -241,15 +314,19 @@ def encode(backbone, conversation):
         mask       0   0   0   0   0      1   1   1    1       0 ...     1      1
                                       (all 0 where learn is False: a mistake, shown not taught)
     """
-    ids, mask = [], []
+    ids, mask, pictures = [], [], []
     for i, turn in enumerate(conversation):
-        if turn["role"] == "user":
+        if turn.get("image") is not None:
+            assert i == 0, "a picture belongs to the first turn"
+            part, picture = look(backbone, turn["content"], turn["image"])
+            pictures.append(picture)
+        elif turn["role"] == "user":
             part = user_ids(backbone, turn["content"], first=i == 0)
         else:
             part = answer_ids(backbone, turn["content"])
         ids += part
         mask += [int(turn["learn"])] * len(part)
-    return ids, mask
+    return ids, mask, *pictures
 
 
 def pad(rows, fill=0):
@@ -263,16 +340,81 @@ def pad(rows, fill=0):
 # ------------------------------------------------------------------------------------------------
 
 
-def trunk(backbone, ids, lengths):
+# How a language model sees. There are two ways, and the next five functions keep them apart:
+#   placeholders (LLaVA, Idefics3)  the picture takes k places of the sequence; what the eyes saw
+#                                   stands there instead of embeddings, attended to as text is
+#   crossing (Mllama, the paper's)  one mark in the sequence; a few layers of their own attend from
+#                                   every token after the mark to the picture, behind gates. Text
+#                                   without a picture skips these layers
+# Either way the tensors of a picture travel with their row, and rows of a batch may differ.
+
+
+def join_pictures(pictures, device):
+    """The tensors of all pictures of a batch, one after the other. pictures: see `see`."""
+    shown = [picture for picture in pictures if picture is not None]
+    try:
+        # rows without a picture take no place here: the ids say whose picture comes next
+        return {key: torch.cat([picture[key] for picture in shown]).to(device)
+                for key in shown[0]}
+    except RuntimeError:
+        raise Problem("the pictures of a batch differ in shape for this model: draw all in one "
+                      "--picture-size") from None
+
+
+def cross_states(backbone, pictures):
+    """Mllama: what the eyes saw, for the layers that attend to it, and which tiles are in use.
+
+    Returns (states (B, tiles * patches, H), tiles (B, tiles)), both 0 in rows of text. Left alone,
+    transformers mixes up a batch with and without pictures: where a token may look at nothing it
+    drops the mask, and the token attends to everything. With states of 0, keys and values are 0,
+    and attention adds 0: a row of text is read as if alone.
+    """
+    base = backbone.model.base_model
+    seen = join_pictures(pictures, backbone.device)
+    states = base.multi_modal_projector(base.vision_model(**seen).last_hidden_state).flatten(1, 3)
+    rows = torch.tensor([i for i, p in enumerate(pictures) if p is not None],
+                        device=backbone.device)
+    return [part.new_zeros(len(pictures), *part.shape[1:]).index_copy(0, rows, part)
+            for part in (states, seen["aspect_ratio_mask"].flatten(1))]
+
+
+def may_look(backbone, ids, tiles, looking=False):
+    """Mllama: (B, T, 1, tiles), 1 where a token sees a tile: from its row's picture mark on.
+
+    tiles (B, tiles) of `cross_states`. looking (B, 1): the mark came before these ids (B, T).
+    """
+    passed = (ids == backbone.model.config.image_token_index).cumsum(1) > 0            # (B, T)
+    return ((passed | looking)[:, :, None] * tiles[:, None, :])[:, :, None, :]
+
+
+def see(backbone, ids, pictures):
+    """What the trunk needs beside the tokens when some rows of a batch show a picture.
+
+    ids (B, T). pictures: for each row the dict of tensors from `look`, or None in a row of text.
+    Returns keyword arguments, none without a picture: text is read as if there were no eyes.
+    """
+    if all(picture is None for picture in pictures):
+        return {}
+    if not crossing_layers(backbone.model):
+        # the placeholders take what was seen one by one, row after row
+        return join_pictures(pictures, backbone.device)
+    states, tiles = cross_states(backbone, pictures)
+    return {"cross_attention_states": states,
+            "cross_attention_mask": may_look(backbone, ids, tiles)}
+
+
+def trunk(backbone, ids, lengths, pictures=None):
     """One pass through the transformer. ids (B, T) right-padded, lengths (B,) -> hidden (B, T, H).
 
+    pictures: None, or for each row what `look` made of its picture, None in a row of text.
     Padding stands to the right and attention is causal, so no real token ever looks at it.
     """
     inside = torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
     device = ids.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        return backbone.model.base_model(input_ids=ids, attention_mask=inside.long(),
-                                         use_cache=False).last_hidden_state
+        return backbone.model.base_model(
+            input_ids=ids, attention_mask=inside.long(), use_cache=False,
+            **see(backbone, ids, pictures or [])).last_hidden_state
 
 
 def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
@@ -323,6 +465,8 @@ def save_checkpoint(folder, backbone, state=None):
         aside.mkdir(parents=True)
         backbone.model.save_pretrained(aside)
         backbone.tokenizer.save_pretrained(aside)
+        if backbone.processor is not None:
+            backbone.processor.save_pretrained(aside)
         if state is not None:
             torch.save(state, aside / "state.pt")
         if folder.exists():
@@ -443,13 +587,13 @@ def learning_mode(backbone, on):
 def sft_loss(backbone, rows, micro_batch, backward=True):
     """Mean negative log-probability over ALL answer tokens of the batch.
 
-    rows: list of (ids, mask). The mean is taken over the whole batch, however it is cut into
+    rows: list of (ids, mask) or (ids, mask, picture). The mean is taken over the whole batch, however it is cut into
     micro-batches: each micro-batch contributes sum / total, so the gradient is the same. (A mean
     of micro-batch means would weigh tokens of short batches more.)
     Returns (loss as a float, number of tokens fed). With backward=True gradients are accumulated.
     """
     learning_mode(backbone, backward)
-    total = sum(sum(mask) for _, mask in rows)
+    total = sum(sum(row[1]) for row in rows)
     rows = sorted(rows, key=lambda row: len(row[0]))    # neighbours of like length: little padding
     loss_sum = fed = 0
     for start in range(0, len(rows), micro_batch):
@@ -457,8 +601,10 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
         ids = pad([r[0] for r in part]).to(backbone.device)
         mask = pad([r[1] for r in part]).to(backbone.device)
         lengths = torch.tensor([len(r[0]) for r in part], device=backbone.device)
+        pictures = [r[2] if len(r) > 2 else None for r in part]
         with torch.set_grad_enabled(backward):
-            logprobs, _ = token_logprobs(backbone, trunk(backbone, ids, lengths), ids, mask)
+            hidden = trunk(backbone, ids, lengths, pictures)
+            logprobs, _ = token_logprobs(backbone, hidden, ids, mask)
             loss = -logprobs.sum() / total
         if backward:
             loss.backward()
@@ -595,6 +741,17 @@ def build_model(tokenizer, seed, width=128, layers=7, crossing=(2, 5), heads=4, 
     model.generation_config.eos_token_id = ids["eos_token_id"]
     model.generation_config.pad_token_id = ids["pad_token_id"]
     return model
+
+
+def build_processor(model, tokenizer):
+    """The picture processor of the small Mllama: scaled to fit its square tiles, colours -1..1."""
+    from transformers import MllamaProcessor
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+    vision = model.config.vision_config
+    images = MllamaImageProcessorPil(
+        size={"height": vision.image_size, "width": vision.image_size},
+        max_image_tiles=vision.max_num_tiles, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return MllamaProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def build_backbone(folder, seed, steps, batch, lr, resume):

@@ -29,3 +29,11 @@ def tiny():
             if parameter.dim() > 1:
                 parameter.mul_(8)
     return sft.wrap_backbone(model.eval(), tokenizer)
+
+
+@pytest.fixture
+def seeing(tiny):
+    """`tiny` with a picture processor: eyes of random weights that matter to every token."""
+    import sft
+    processor = sft.build_processor(tiny.model, tiny.tokenizer)
+    return sft.wrap_backbone(tiny.model, tiny.tokenizer, processor=processor)

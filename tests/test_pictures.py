@@ -1,0 +1,254 @@
+"""Tests of the path of a picture: processor, tokens, trunk, sampler, update, for several classes.
+
+The heart of it: whatever shares a batch, a conversation must be read the same: by the sampler in
+pieces and by the update at once, alone or beside rows with other pictures or none.
+
+    python -m pytest tests/test_pictures.py
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import gp_env
+import rl
+import sft
+from test_evaluate import Rigged
+from test_sft import assert_one_line, command, gradients, relative_gap, same, talk
+
+SIZE = (128, 64)
+
+# ------------------------------------------------------------------------------------------------
+# Vision-language models of other classes, tiny, with random weights
+# ------------------------------------------------------------------------------------------------
+
+TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=64, initializer_range=0.2)
+EYES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+            image_size=64, patch_size=16)
+
+
+def llava(tokenizer):
+    """LLaVA with SigLIP eyes: 16 placeholders a picture."""
+    from transformers import (LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+                              LlavaProcessor, SiglipVisionConfig)
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    model = LlavaForConditionalGeneration(LlavaConfig(
+        text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT),
+        vision_config=SiglipVisionConfig(**EYES), image_token_index=image,
+        vision_feature_select_strategy="full", vision_feature_layer=-1))
+    images = SiglipImageProcessorPil(size={"height": 64, "width": 64})
+    return model, LlavaProcessor(images, tokenizer, patch_size=16, image_token="<image>",
+                                 vision_feature_select_strategy="full",
+                                 chat_template=tokenizer.chat_template)
+
+
+def idefics3(tokenizer):
+    """Idefics3 (SmolVLM before it had a name): placeholders, and a mask of pixels."""
+    from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor,
+                              LlamaConfig)
+    from transformers.models.idefics3.image_processing_pil_idefics3 import (
+        Idefics3ImageProcessorPil)
+    image, pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "<|pad|>"))
+    model = Idefics3ForConditionalGeneration(Idefics3Config(
+        text_config=LlamaConfig(vocab_size=len(tokenizer), pad_token_id=pad, **TEXT),
+        vision_config=EYES, image_token_id=image, pad_token_id=pad, scale_factor=2))
+    images = Idefics3ImageProcessorPil(do_image_splitting=False, size={"longest_edge": 64},
+                                       max_image_size={"longest_edge": 64})
+    return model, Idefics3Processor(images, tokenizer, image_seq_len=4,
+                                    chat_template=tokenizer.chat_template)
+
+
+CLASSES = {"llava": llava, "idefics3": idefics3}
+
+
+def build(kind):
+    """A Backbone of this class."""
+    tokenizer = sft.build_tokenizer(gp_env.phrases())
+    tokenizer.add_special_tokens({"additional_special_tokens": [
+        "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|image|>", "<image>")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, processor = CLASSES[kind](tokenizer)
+    return sft.wrap_backbone(model.eval(), tokenizer, kind, processor)
+
+
+@pytest.fixture(params=["mllama", *CLASSES])
+def any_class(request):
+    """A Backbone that sees, of each class in turn."""
+    torch.set_num_threads(1)
+    if request.param == "mllama":
+        return request.getfixturevalue("seeing")
+    return build(request.param)
+
+
+# ------------------------------------------------------------------------------------------------
+# Helpers
+# ------------------------------------------------------------------------------------------------
+
+
+def play(backbone, keep_cache=True, forget=False, temperature=0.6):
+    """Six rigged games of different length, every third in words."""
+    envs = [Rigged(solve_at, forget, picture=None if i % 3 == 1 else SIZE)
+            for i, solve_at in enumerate((1, 3, 6, 2, 6, 4))]
+    return evaluate.play(backbone, envs, range(len(envs)), temperature, 5,
+                         torch.Generator().manual_seed(3), keep_cache)
+
+
+def pictured(count=5):
+    """Conversations to learn from, every second one in words."""
+    rng = np.random.default_rng(0)
+    return [gp_env.expert_conversation(rng, picture=SIZE if i % 2 == 0 else None)
+            for i in range(count)]
+
+
+@torch.no_grad()
+def log_p(backbone, rows):
+    """log p of the answer tokens of encoded rows, all in one batch."""
+    ids, mask = (sft.pad([row[i] for row in rows]) for i in (0, 1))
+    lengths = torch.tensor([len(row[0]) for row in rows])
+    pictures = [row[2] if len(row) > 2 else None for row in rows]
+    return sft.token_logprobs(backbone, sft.trunk(backbone, ids, lengths, pictures), ids, mask)[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# One picture, one batch
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forget", [False, True])
+@pytest.mark.parametrize("keep_cache", [True, False])
+def test_sampler_and_update_agree_with_pictures(any_class, keep_cache, forget):
+    """Catches pictures given to the wrong row, at the wrong read, or lost with the cache."""
+    episodes = play(any_class, keep_cache, forget)
+    rows = rl.conversations(episodes)
+    assert sum(row["picture"] is None for row in rows) == (8 if forget else 2)
+    sampled = torch.tensor([p for e in episodes for turn in e.turns for p in turn.logprobs])
+    hidden = any_class.model.config.get_text_config().hidden_size
+    head = rl.build_value_head(hidden, 0)
+    for micro_batch in (1, 3, 64):                      # alone, and batched in two ways
+        rl.score_all(any_class, head, rows, 0.6, micro_batch)
+        scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])])
+        assert (sampled - scored).abs().max() < 1e-4
+
+
+def test_cache_changes_no_token(any_class):
+    """Catches a picture that is seen at the first try only."""
+    said = [[[turn.answer_ids for turn in e.turns] for e in play(any_class, keep_cache)]
+            for keep_cache in (True, False)]
+    assert said[0] == said[1]
+
+
+def test_picture_is_seen_by_its_row_alone(any_class):
+    """Catches a picture without effect, and one that a neighbour in the batch sees as well."""
+    rows = [sft.encode(any_class, conversation) for conversation in pictured()]
+    counts = [sum(row[1]) for row in rows]
+    before = log_p(any_class, rows).split(counts)
+    other = sft.encode(any_class, pictured(7)[6])[2]
+    assert any_class.processor is not None and len(rows[2]) == 3
+    rows[2] = (*rows[2][:2], other)
+    after = log_p(any_class, rows).split(counts)
+    for i, (one, two) in enumerate(zip(before, after)):
+        gap = (one - two).abs().max()
+        assert gap > 1e-2 if i == 2 else gap < 1e-5, (i, gap)
+
+
+def test_text_is_read_as_if_there_were_no_eyes(any_class):
+    """Catches rows of text that attend to the pictures of others (as transformers lets them)."""
+    rows = [sft.encode(any_class, conversation) for conversation in pictured()]
+    words = [row for row in rows if len(row) == 2]
+    together = log_p(any_class, rows).split([sum(row[1]) for row in rows])
+    alone = log_p(any_class, words)
+    assert (torch.cat(together[1::2]) - alone).abs().max() < 1e-5
+    # and a batch of text alone asks the model for nothing that it was not asked for before
+    assert sft.see(any_class, sft.pad([words[0][0]]), [None]) == {}
+
+
+def test_mllama_is_called_as_its_own_processor_would(seeing):
+    """Catches a cross-attention mask or a mark at another place than transformers has them."""
+    seeing.processor.bos_token = "<|user|>"             # it insists on one; this is in the text
+    image = gp_env.GeneralPoints(picture=SIZE).reset(0)[0]["image"]
+    ids, picture = sft.look(seeing, "Which cards?", image)
+    batch = seeing.processor(text="<|user|><|image|>Which cards?<|end|><|assistant|>",
+                             images=[[image]], return_tensors="pt", add_special_tokens=False)
+    assert batch["input_ids"].tolist() == [ids]
+    with torch.no_grad():
+        theirs = seeing.model.base_model(**batch).last_hidden_state
+        ours = sft.trunk(seeing, batch["input_ids"], torch.tensor([len(ids)]), [picture])
+    assert (theirs - ours).abs().max() < 1e-5
+
+
+def test_gradient_reaches_the_eyes_and_ignores_the_micro_batch(any_class):
+    """Catches eyes that cannot learn, and pictures mixed up when rows are sorted by length."""
+    rows = [sft.encode(any_class, conversation) for conversation in pictured()]
+    found = []
+    for micro_batch in (5, 2):
+        loss, _ = sft.sft_loss(any_class, rows, micro_batch)
+        eyes = [p.grad for name, p in any_class.model.named_parameters() if "vision" in name]
+        assert sum(g is not None and bool(g.abs().max() > 0) for g in eyes) > len(eyes) // 2
+        found.append((loss, gradients(any_class)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert relative_gap(found[1][1], found[0][1]) < 1e-4
+
+
+def test_mask_of_a_pictured_conversation_is_the_answer(any_class):
+    """Catches placeholders of the picture that are learnt, and a mask shifted by them."""
+    conversation = pictured(1)[0]
+    ids, mask, picture = sft.encode(any_class, conversation)
+    learnt = [token for token, wanted in zip(ids, mask) if wanted]
+    assert any_class.tokenizer.decode(learnt[:-1]) == conversation[1]["content"]
+    assert learnt[-1] == any_class.end_ids[0] and len(ids) == len(mask)
+    plain = any_class.tokenizer.decode(ids)
+    assert plain.count("<|user|>") == plain.count("<|assistant|>") == 1
+    assert gp_env.IN_PICTURE in plain and picture["pixel_values"].dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints, and what cannot be seen
+# ------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_model_still_sees(any_class, tmp_path):
+    """Catches a processor that is not saved: the run's checkpoints would be blind."""
+    sft.save_checkpoint(tmp_path / "model", any_class)
+    loaded = sft.load_backbone(tmp_path / "model")
+    assert loaded.blind == "" and loaded.before_picture == any_class.before_picture
+    conversation = pictured(1)[0]
+    one, two = (sft.encode(backbone, conversation) for backbone in (any_class, loaded))
+    assert one[:2] == two[:2] and same(one[2], two[2])
+    assert torch.equal(log_p(any_class, [one]), log_p(loaded, [two]))
+
+
+def test_a_picture_of_the_wrong_shape_is_refused(seeing, tiny):
+    """Catches a grey or thread-thin picture that fails deep inside, and a model without eyes."""
+    from PIL import Image
+    for picture in (Image.new("L", SIZE), Image.new("RGB", (400, 20)), Image.new("RGB", (8, 8)),
+                    np.zeros((64, 128, 3))):
+        with pytest.raises(sft.Problem, match="RGB"):
+            sft.look(seeing, "Look", picture)
+    with pytest.raises(sft.Problem, match="cannot see"):
+        sft.look(tiny, "Look", Image.new("RGB", SIZE))
+
+
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}",
+    "{{ raise_exception('no pictures, please') }}",
+    "<|user|>{{ messages[0]['content'][1]['text'] }}<|end|>Look!<|assistant|>"])
+def test_a_template_that_takes_no_picture_is_fit_for_words(tiny, template):
+    """Catches a text task that fails for a picture nobody shows, and a turn of half its markup."""
+    processor = sft.build_processor(tiny.model, tiny.tokenizer)
+    processor.chat_template = template
+    backbone = sft.wrap_backbone(tiny.model, tiny.tokenizer, processor=processor)
+    assert backbone.processor is None and "chat template" in backbone.blind
+    with pytest.raises(sft.Problem, match="chat template"):
+        sft.look(backbone, "Look", Image.new("RGB", SIZE))
+
+
+def test_a_second_picture_is_refused(seeing):
+    """Catches a picture in a later turn, which would be dropped without a word."""
+    turns = pictured(1)[0]
+    with pytest.raises(AssertionError, match="first turn"):
+        sft.encode(seeing, talk(("user", "Go", False)) + turns)
