@@ -39,9 +39,10 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 import gp_env
-from sft import (DEFAULT_MODEL, TASKS, Metrics, Problem, check_flags, checkpoints, cross_states,
-                 crossing_layers, guarded, load_backbone, look, may_look, pick_device, read_lines,
-                 see, user_ids, write_json)
+from sft import (DEFAULT_MODEL, TASKS, Metrics, Problem, check_flags, check_sight, checkpoints,
+                 cross_states, crossing_layers, guarded, load_backbone, look, may_look, pick_device,
+                 picture_flag, picture_size, read_lines, see, user_ids, write_json)
+from verifier import MAX_ANSWER, read_answer
 
 EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same for every model
 
@@ -55,6 +56,16 @@ CELLS = {
     "face-rule any-hands": dict(rule="face", face=False),
     "fake": dict(rule="face", face=True, scoring_rule="ten"),
 }
+# In pictures, colour is a second shift: training saw black suits only (paper, section 5.2).
+PICTURE_CELLS = {
+    "id": dict(rule="ten", face=False, suits="black"),
+    "ood": dict(rule="face", face=True, suits="black"),
+    "visual": dict(rule="ten", face=False, suits="red"),
+    "both": dict(rule="face", face=True, suits="red"),
+}
+TASK_CELLS = {"gp-l": CELLS, "gp-vl": PICTURE_CELLS}
+# What a run measures again and again, with --ood
+CURVE_CELLS = {"gp-l": ["id", "ood"], "gp-vl": list(PICTURE_CELLS)}
 SPLIT_NAMES = {"train": "seen", "test": "held-out", "val": "validation", "all": "all"}
 
 
@@ -359,9 +370,13 @@ def wilson(hits, count, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def cell_environments(cell, split, count):
-    """Environments and seeds of one cell. The hands depend on (cell, split, count) alone."""
-    envs = [gp_env.GeneralPoints(split=split, **CELLS[cell]) for _ in range(count)]
+def cell_environments(cell, split, count, task="gp-l", size=None):
+    """Environments and seeds of one cell. The hands depend on (cell, split, count) alone.
+
+    task: whose cell it is. size: of the pictures of gp-vl, (width, height) in pixels.
+    """
+    how = TASK_CELLS[task][cell] | ({"picture": size} if task == "gp-vl" else {})
+    envs = [gp_env.GeneralPoints(split=split, **how) for _ in range(count)]
     return envs, [[EVALUATION_SEED, i] for i in range(count)]
 
 
@@ -370,7 +385,8 @@ def measure(episodes):
 
     success: correct within the tries (the paper's measure); first_try: at once; cards_read,
     numbers_read: share of first answers whose `cards` / `number` field is right (numbers: under the
-    STATED rule); errors: kinds of the wrong first answers; tries: mean number of answers.
+    STATED rule); errors: kinds of the wrong first answers; tries: mean number of answers. For
+    pictures also single_cards and confusion, see `read_singly`.
     """
     first = [episode.turns[0].verdict for episode in episodes]
     count, hits = len(episodes), sum(e.terminated for e in episodes)
@@ -381,7 +397,33 @@ def measure(episodes):
             "cards_read": sum(v.cards_right for v in first) / count,
             "numbers_read": sum(_read_as_stated(e) for e in episodes) / count,
             "errors": {kind: n / count for kind, n in sorted(errors.items())},
-            "tries": sum(len(e.turns) for e in episodes) / count}
+            "tries": sum(len(e.turns) for e in episodes) / count
+            } | (read_singly(episodes) if episodes[0].env.picture else {})
+
+
+def read_singly(episodes):
+    """How the first answers read single cards: {"single_cards": rate, "confusion": table}.
+
+    Like the verifier it leaves the order free: cards that are on both sides are read right, the
+    others are paired as they stand. table: {rank shown: {rank read, "?" for none: times}}.
+
+        shown J 3 K 10, read 3 Q 10 K   ->   3, K and 10 right, and J read as Q
+    """
+    table = {rank: Counter() for rank in gp_env.RANKS}
+    for episode in episodes:
+        shown = list(episode.env.hand.cards)
+        said = read_answer(episode.turns[0].text[:MAX_ANSWER]).get("cards", [])
+        said = [card.upper() if card.upper() in table else "?" for card in said[:4]]
+        for card in list(shown):
+            if card in said:
+                table[card][card] += 1
+                shown.remove(card)
+                said.remove(card)
+        for card, other in zip(shown, said + ["?"] * 4):
+            table[card][other] += 1
+    right, count = sum(row[card] for card, row in table.items()), 4 * len(episodes)
+    return {"single_cards": right / count,
+            "confusion": {card: dict(row) for card, row in table.items() if row}}
 
 
 def _read_as_stated(episode):
@@ -393,19 +435,20 @@ def _read_as_stated(episode):
 
 
 def evaluate(backbone, cells, splits, count, temperature=0.6, batch=256, max_new_tokens=48,
-             quiet=False):
+             quiet=False, task="gp-l", size=None):
     """Play `count` hands of each cell and split.
 
     Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes, ...}).
 
-    batch: episodes played together; it changes speed, not results (up to rounding).
+    batch: episodes played together; it changes speed, not results (up to rounding). task, size:
+    see `cell_environments`.
     """
     results, kept = {}, {}
     names = [(cell, split) for split in splits for cell in cells]
     bar = tqdm(total=len(names) * count, desc="evaluate", unit="hand", leave=False,
                disable=quiet or not sys.stderr.isatty(), dynamic_ncols=True)
     for cell, split in names:
-        envs, seeds = cell_environments(cell, split, count)
+        envs, seeds = cell_environments(cell, split, count, task, size)
         episodes = []
         for start in range(0, count, batch):
             generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
@@ -418,20 +461,44 @@ def evaluate(backbone, cells, splits, count, temperature=0.6, batch=256, max_new
     bar.close()
     return results, kept
 
+
 def show(results):
     """One aligned line for each cell."""
     for name, m in results.items():
         low, high = m["interval"]
         print(f"  {name:30s} success {m['success']:6.1%} [{low:.1%}, {high:.1%}]  first try "
-              f"{m['first_try']:6.1%}  numbers read right {m['numbers_read']:6.1%}", flush=True)
+              f"{m['first_try']:6.1%}  numbers read right {m['numbers_read']:6.1%}"
+              + (f"  cards: all four {m['cards_read']:6.1%}, single {m['single_cards']:6.1%}"
+                 if "single_cards" in m else ""), flush=True)
 
 
-def show_transcripts(episodes, count):
-    """Print whole conversations, half of them solved and half not, as far as there are any."""
+def show_confusion(results):
+    """Pictures: a table for each cell, a row for each rank shown, in percent of its cards."""
+    for name, m in results.items():
+        if "confusion" in m:
+            print(f"\n# {name}: rank shown (down), rank read (across), %")
+            names = [*gp_env.RANKS, "?"]
+            print("    " + "".join(f"{rank:>4}" for rank in names))
+            for rank, row in m["confusion"].items():
+                share = {read: 100 * times / sum(row.values()) for read, times in row.items()}
+                print(f"{rank:>4}" + "".join(f"{share[read]:4.0f}" if read in share else "   ."
+                                             for read in names))
+
+
+def show_transcripts(episodes, count, pictures=""):
+    """Print whole conversations, half of them solved and half not, as far as there are any.
+
+    pictures: where the hands that were shown go, as PICTURES-1.png, PICTURES-2.png, ...
+    """
     solved = [e for e in episodes if e.terminated][:count - count // 2]
     failed = [e for e in episodes if not e.terminated][:count - len(solved)]
-    for episode in solved + failed:
+    for number, episode in enumerate(solved + failed, 1):
         print("\n" + "=" * 30, "solved" if episode.terminated else "not solved", "=" * 30)
+        if episode.env.picture:
+            path = pathlib.Path(f"{pictures}-{number}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            episode.env.image.save(path)
+            print(f"[the picture is in {path}: {', '.join(episode.env.hand.cards)}]")
         print(episode.prompt)
         for turn in episode.turns:
             print(f"  model     {turn.text}")
@@ -443,15 +510,15 @@ def show_transcripts(episodes, count):
 # ------------------------------------------------------------------------------------------------
 
 
-def read_runs(folder):
-    """Find runs below a folder. Returns [(kind, seed, rows of eval.jsonl)]; kind "sft" or "rl"."""
+def read_runs(folder, task="gp-l"):
+    """Find runs of a task below a folder: [(kind, seed, rows of eval.jsonl)]; "sft" or "rl"."""
     runs = []
     for path in sorted(pathlib.Path(folder).rglob("eval.jsonl")):
         try:
             args = json.loads((path.parent / "args.json").read_text())
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             rows.sort(key=lambda row: row["step"])
-            if rows:                                # a run that is not measured yet has none
+            if rows and args.get("task", task) == task:     # not measured yet: it has none
                 runs.append((args["kind"], args["seed"], rows))
             for row in rows:                        # every number that a figure or table asks for
                 float(row["flops_spent"]), int(row["hands"])
@@ -460,7 +527,7 @@ def read_runs(folder):
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Problem(f"{path.parent}: not a run this script can read ({error})") from None
     if not runs:
-        raise Problem(f"{folder}: no eval.jsonl below it; make one with rl.py, or with "
+        raise Problem(f"{folder}: no eval.jsonl of {task} below it; make one with rl.py, or with "
                       "evaluate.py --run")
     return runs
 
@@ -506,10 +573,13 @@ def table(runs):
     names = [n for n in ends if ends[n]]
     lines = ["| success within five tries | " + " | ".join(names) + " | " + " | ".join(
         f"{n} - start, 95 % interval" for n in names[1:]) + " |", "|---" * (2 * len(names)) + "|"]
-    for cell, measure_name in [(c, m) for m in ("success", "numbers_read")
-                               for c in (ends["RL"] or ends["SFT"])[0]["cells"]
+    cells = (ends["RL"] or ends["SFT"])[0]["cells"]
+    said = {"success": "", "numbers_read": ", numbers read right"}
+    if any("single_cards" in m for m in cells.values()):
+        said["cards_read"] = ", all four cards read right"
+    for cell, measure_name in [(c, m) for m in said for c in cells
                                if all(c in r["cells"] for n in names for r in ends[n])]:
-        line = [cell if measure_name == "success" else f"{cell}, numbers read right"]
+        line = [cell + said[measure_name]]
         for name in names:
             rates = [100 * row["cells"][cell][measure_name] for row in ends[name]]
             line.append(f"{sum(rates) / len(rates):.1f} ({min(rates):.1f}-{max(rates):.1f})")
@@ -523,23 +593,34 @@ def table(runs):
     return "\n".join(lines)
 
 
-def plot(folder, path):
-    """Success against training compute, ID and OOD, SFT and RL, as in the paper's Fig. 5."""
-    runs = read_runs(folder)
+# What a figure shows, from left to right: (title, cell, measure)
+PANELS = {
+    "gp-l": (("ID, hands seen in training", "seen/id", "success"),
+             ("ID, held-out hands", "held-out/id", "success"),
+             ("rule OOD, held-out hands", "held-out/ood", "success"),
+             ("rule OOD: numbers read right", "held-out/ood", "numbers_read")),
+    "gp-vl": (("ID, held-out hands", "held-out/id", "success"),
+              ("rule OOD, held-out hands", "held-out/ood", "success"),
+              ("visual OOD, held-out hands", "held-out/visual", "success"),
+              ("ID: all four cards read", "held-out/id", "cards_read"),
+              ("visual OOD: all four cards read", "held-out/visual", "cards_read")),
+}
+
+
+def plot(folder, path, task="gp-l"):
+    """Success against training compute, ID and OOD, SFT and RL: the paper's Fig. 5, 7 and 8."""
+    runs = read_runs(folder, task)
     colours = {"sft": (52, 104, 192), "rl": (200, 60, 50)}
     panels = []
-    for title, cell, name in (
-            ("ID, hands seen in training", "seen/id", "success"),
-            ("ID, held-out hands", "held-out/id", "success"),
-            ("rule OOD, held-out hands", "held-out/ood", "success"),
-            ("rule OOD: numbers read right", "held-out/ood", "numbers_read")):
+    for title, cell, name in PANELS[task]:
         series = [{"label": kind.upper(), "colour": colour, "dashed": False,
                    "points": curve(runs, kind, cell, name)} for kind, colour in colours.items()]
         if any(s["points"] for s in series):
             panels.append({"title": title, "x_label": "FLOPs spent",
                            "y_label": "%", "series": series})
     seeds = {seed for _, seed, _ in runs}
-    draw_panels(panels, path, f"GeneralPoints, text: mean and range over {len(seeds)} seeds")
+    draw_panels(panels, path, f"GeneralPoints, {'text' if task == 'gp-l' else 'pictures'}: "
+                f"mean and range over {len(seeds)} seeds")
     print(table(runs))
 
 
@@ -709,8 +790,11 @@ def evaluate_run(args, cells, splits, device):
     for step, folder in found:
         if step in done or args.steps and step not in args.steps:
             continue
-        results, _ = evaluate(load_backbone(folder, device), cells, splits, args.hands,
-                              args.temperature, args.batch, args.max_new_tokens)
+        backbone = load_backbone(folder, device)
+        check_sight(backbone, args.task, folder)
+        results, _ = evaluate(backbone, cells, splits, args.hands, args.temperature, args.batch,
+                              args.max_new_tokens, task=args.task,
+                              size=picture_size(args.picture_size))
         print(f"step {step}")
         show(results)
         spent = spent_at.get(step, 0)               # SFT: the paper's formula is what was spent
@@ -728,11 +812,15 @@ def main():
     group.add_argument("--steps", type=int, nargs="+", help="with --run: only these checkpoints")
     group.add_argument("--plot", metavar="FOLDER", help="draw the runs below this folder, and stop")
     group.add_argument("--ood", action=argparse.BooleanOptionalAction, default=False,
-                       help="all cells: rule OOD, the two shifts apart, the fake probe")
-    group.add_argument("--cells", nargs="+", choices=CELLS, metavar="CELL",
-                       help="measure just these: " + ", ".join(CELLS))
+                       help="all cells: rule OOD, the two shifts apart, the fake probe; gp-vl: "
+                       "rule OOD, visual OOD, both")
+    every = list(CELLS | PICTURE_CELLS)
+    group.add_argument("--cells", nargs="+", choices=every, metavar="CELL",
+                       help="measure just these: " + "; ".join(
+                           f"{task}: {', '.join(cells)}" for task, cells in TASK_CELLS.items()))
     group.add_argument("--splits", nargs="+", choices=SPLIT_NAMES, default=["train", "test"],
                        help="hands: train (seen), test (held out), val, all")
+    picture_flag(group)
     group = parser.add_argument_group("how")
     group.add_argument("--hands", type=int, default=1000, help="a cell (paper: 234)")
     group.add_argument("--temperature", type=float, default=0.6,
@@ -743,7 +831,8 @@ def main():
     group.add_argument("--device", default="auto", help="auto, cpu, cuda")
     group.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
     group.add_argument("--show", type=int, default=0, metavar="N",
-                       help="print N transcripts a cell, half of them solved")
+                       help="print N transcripts a cell, half of them solved; pictures go to "
+                       "runs/shown")
     group.add_argument("--out", help="JSON file for the results, or PNG file for --plot")
     args = parser.parse_args()
     if args.out and not pathlib.Path(args.out).absolute().parent.is_dir():
@@ -752,31 +841,38 @@ def main():
         raise Problem(f"--out {args.out}: that is a folder; give a file name")
     if args.plot:
         out = args.out or "figure.png"
-        plot(args.plot, out)
+        plot(args.plot, out, args.task)
         print(f"drew {out}")
         return
     check_flags(args, at_least_one=("hands", "batch", "max_new_tokens"))
-    cells = args.cells or (list(CELLS) if args.ood else ["id"])
+    cells = args.cells or (list(TASK_CELLS[args.task]) if args.ood else ["id"])
+    foreign = [cell for cell in cells if cell not in TASK_CELLS[args.task]]
+    if foreign:
+        raise Problem(f"--cells {foreign[0]}: not a cell of {args.task}; it has "
+                      f"{', '.join(TASK_CELLS[args.task])}")
     device = pick_device(args.device)
     if args.run:
-        evaluate_run(args, args.cells or (["id", "ood"] if args.ood else ["id"]), args.splits,
-                     device)
+        evaluate_run(args, args.cells or (CURVE_CELLS[args.task] if args.ood else ["id"]),
+                     args.splits, device)
         return
     name = args.model or str(DEFAULT_MODEL[args.task])
     backbone = load_backbone(name, device)
+    check_sight(backbone, args.task, name)
     began = time.time()
     print(f"{name} on {args.task}: {args.hands} hands a cell, temperature {args.temperature:g}")
     results, episodes = evaluate(backbone, cells, args.splits, args.hands, args.temperature,
-                                 args.batch, args.max_new_tokens)
+                                 args.batch, args.max_new_tokens, task=args.task,
+                                 size=picture_size(args.picture_size))
     show(results)
     for cell, m in results.items():
         kinds = ", ".join(f"{kind} {rate:.1%}" for kind, rate in m["errors"].items())
         print(f"  {cell:30s} first answers that were wrong: {kinds or 'none'}")
+    show_confusion(results)
     print(f"{time.time() - began:.0f} s")
     if args.show:
         for name in episodes:
             print("\n#", name)
-            show_transcripts(episodes[name], args.show)
+            show_transcripts(episodes[name], args.show, f"runs/shown/{name.replace('/', '-')}")
     if args.out:
         write_json(args.out, results)
 

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import gp_env
 import sft
-from evaluate import evaluate, play, show
+from evaluate import CURVE_CELLS, evaluate, play, show
 from sft import (Metrics, Problem, checkpoints, guarded, load_backbone, load_state, pad,
                  pick_device, read_lines, save_checkpoint, task_parameters, token_logprobs, trunk)
 
@@ -65,7 +65,9 @@ def collect(backbone, args, update):
 
     Hands and samples are a function of (seed, update), so a resumed run plays the same games.
     """
-    envs = [gp_env.GeneralPoints(split=args.split, tries=args.tries) for _ in range(args.episodes)]
+    options = sft.game_options(args)
+    envs = [gp_env.GeneralPoints(split=args.split, tries=args.tries, **options)
+            for _ in range(args.episodes)]
     seeds = [[1, args.seed, update, i] for i in range(args.episodes)]
     device = backbone.device
     generator = torch.Generator(device).manual_seed(seeded(args.seed, update, 1).initial_seed())
@@ -413,9 +415,10 @@ def make_start(args, backbone):
         task=args.task, model=args.model, split=args.split, seed=args.seed, ood=args.ood,
         device=args.device, threads=args.threads, grad_checkpoint=args.grad_checkpoint,
         micro_batch=args.micro_batch, steps=args.sft_steps, start_step=args.sft_start_step,
-        batch=args.sft_batch, lr=args.sft_lr, save_every=args.sft_save_every, resume=False)
-    key = {k: v for k, v in vars(wanted).items() if k in (
-        "task", "model", "split", "seed", "steps", "start_step", "batch", "lr")}
+        batch=args.sft_batch, lr=args.sft_lr, save_every=args.sft_save_every, resume=False,
+        picture_size=args.picture_size)
+    key = {k: v for k, v in vars(wanted).items() if v is not None and k in (
+        "task", "model", "split", "seed", "steps", "start_step", "batch", "lr", "picture_size")}
     folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}"
     path = folder / f"step-{args.sft_start_step:06d}"
     made = read_lines(folder / "made.jsonl")        # written last: without it, a kill came first
@@ -512,7 +515,8 @@ def estimate(backbone, args, cells):
     were measured in whole runs of the small backbone; for other models they are a guess.
     """
     rng = gp_env.np.random.default_rng(0)
-    rows = [sft.encode(backbone, gp_env.expert_conversation(rng)) for _ in range(32)]
+    rows = [sft.encode(backbone, gp_env.expert_conversation(rng, **sft.game_options(args)))
+            for _ in range(32)]
     for _ in range(2):                      # the first pass also pays for memory
         began = time.time()
         sft.sft_loss(backbone, rows, 32)
@@ -529,8 +533,9 @@ def run(args):
     """Start, evaluate, update, evaluate."""
     began = time.time()
     device = pick_device(args.device)
-    cells = ["id", "ood"] if args.ood else ["id"]
+    cells = CURVE_CELLS[args.task] if args.ood else ["id"]
     backbone = load_backbone(args.init or args.model, device, args.grad_checkpoint)
+    sft.check_sight(backbone, args.task, args.init or args.model)
     minutes = estimate(backbone, args, cells)
     folder = None if args.inspect else sft.open_run(
         args.out or f"runs/rl-{args.task}-s{args.seed}", args, "rl")
@@ -565,7 +570,8 @@ def run(args):
         """Evaluate on seen and held-out hands, print, and write eval.jsonl."""
         at = time.time()
         results, _ = evaluate(backbone, cells, ["train", args.eval_split], hands,
-                              args.eval_temperature, max_new_tokens=args.max_new_tokens)
+                              args.eval_temperature, max_new_tokens=args.max_new_tokens,
+                              task=args.task, size=sft.picture_size(args.picture_size))
         measured.write({"step": step, "hands": hands} | compute(size, counts) | {"cells": results})
         tqdm.write(f"after update {step}, {hands} hands a cell ({time.time() - at:.0f} s):")
         show(results)
@@ -618,7 +624,8 @@ def run(args):
             shutil.rmtree(path)     # the newest is enough to go on from; one more, should it break
     print(f"done in {(time.time() - began) / 60:.1f} minutes. The policy is in "
           f"{folder}/step-{args.updates:06d}. Next:\n"
-          f"    python evaluate.py --model {folder}/step-{args.updates:06d} --show 4")
+          f"    python evaluate.py --model {folder}/step-{args.updates:06d} --show 4"
+          + (" --task gp-vl" if args.task == "gp-vl" else ""))
 
 
 def summary(rows, episodes):

@@ -19,6 +19,7 @@ H hidden size, V vocabulary.
 The same loop, on broader text, also builds the small backbone that ships with the repository.
 
     python sft.py --task gp-l --ood            # the SFT start and beyond
+    python sft.py --task gp-vl --ood           # the same with the cards in a picture
     python sft.py --build gp                   # rebuild backbones/gp from nothing
 
 Read before: gp_env.py. Read next: evaluate.py.
@@ -54,8 +55,8 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
 
 HERE = pathlib.Path(__file__).resolve().parent
-TASKS = ("gp-l",)
-DEFAULT_MODEL = {"gp-l": HERE / "backbones" / "gp"}
+TASKS = ("gp-l", "gp-vl")                   # language; vision and language
+DEFAULT_MODEL = {task: HERE / "backbones" / "gp" for task in TASKS}
 
 
 class Problem(Exception):
@@ -587,9 +588,9 @@ def learning_mode(backbone, on):
 def sft_loss(backbone, rows, micro_batch, backward=True):
     """Mean negative log-probability over ALL answer tokens of the batch.
 
-    rows: list of (ids, mask) or (ids, mask, picture). The mean is taken over the whole batch, however it is cut into
-    micro-batches: each micro-batch contributes sum / total, so the gradient is the same. (A mean
-    of micro-batch means would weigh tokens of short batches more.)
+    rows: list of (ids, mask) or (ids, mask, picture). The mean is taken over the whole batch,
+    however it is cut into micro-batches: each micro-batch contributes sum / total, so the gradient
+    is the same. (A mean of micro-batch means would weigh tokens of short batches more.)
     Returns (loss as a float, number of tokens fed). With backward=True gradients are accumulated.
     """
     learning_mode(backbone, backward)
@@ -792,6 +793,35 @@ def build_backbone(folder, seed, steps, batch, lr, resume):
 # ------------------------------------------------------------------------------------------------
 
 
+def picture_size(text):
+    """"640x320" -> (640, 320), pixels; None -> gp_env.PICTURE_SIZE. Raises Problem."""
+    if text is None:
+        return gp_env.PICTURE_SIZE
+    width, _, height = text.lower().partition("x")
+    least = gp_env.PICTURE_SIZE
+    if not (width.isdigit() and height.isdigit() and least[0] <= int(width) <= 4096
+            and least[1] <= int(height) <= 4096):
+        raise Problem(f"--picture-size {text}: give WIDTHxHEIGHT in pixels, from {least[0]}x"
+                      f"{least[1]} to 4096x4096")
+    return int(width), int(height)
+
+
+def game_options(args):
+    """What a task asks of its training games, beside the split: arguments of gp_env's games.
+
+    GP-VL trains on black suits, so that red ones are a visual shift (paper, section 5.2).
+    """
+    if args.task == "gp-l":
+        return {}
+    return {"suits": "black", "picture": picture_size(args.picture_size)}
+
+
+def check_sight(backbone, task, name):
+    """Refuse to show pictures to a model that cannot see. Raises Problem."""
+    if task.endswith("-vl") and backbone.processor is None:
+        raise Problem(f"--task {task}: {name} cannot see: {backbone.blind}")
+
+
 def run_sft(args, folder, stop_at=None, report=None, backbone=None):
     """Fine-tune on expert answers under the training rule. Returns the last checkpoint.
 
@@ -804,16 +834,21 @@ def run_sft(args, folder, stop_at=None, report=None, backbone=None):
     backbone = backbone or load_backbone(args.model, pick_device(args.device),
                                          args.grad_checkpoint)
 
+    options = game_options(args)
+
     def draw(step):
         rng = np.random.default_rng([2, args.seed, step])
-        return [gp_env.expert_conversation(rng, split=args.split) for _ in range(args.batch)]
+        return [gp_env.expert_conversation(rng, split=args.split, **options)
+                for _ in range(args.batch)]
 
     def held_out(**how):
         rng = np.random.default_rng([3])
-        return [encode(backbone, gp_env.expert_conversation(rng, split="val", **how))
+        return [encode(backbone, gp_env.expert_conversation(rng, split="val", **options | how))
                 for _ in range(256)]
 
     asked = {"id": held_out()} | ({"ood": held_out(rule="face", face=True)} if args.ood else {})
+    if args.ood and args.task == "gp-vl":
+        asked["visual"] = held_out(suits="red")
 
     def probe(backbone):
         # How surprised is the model by right answers it was not trained on? Under the new rule this
@@ -834,11 +869,13 @@ def common_flags(parser, sft_defaults=True):
     group = parser.add_argument_group("what to run")
     group.add_argument("--task", choices=TASKS, default="gp-l", help="default gp-l")
     group.add_argument("--ood", action=argparse.BooleanOptionalAction, default=False,
-                       help="also measure under the rule that was not trained on")
+                       help="also measure under the rule (gp-vl: and the colour) that was not "
+                       "trained on")
     group.add_argument("--model", help="folder or hub name of a chat model (default: the small "
                        "backbone in backbones/; paper: Llama-3.2-11B-Vision-Instruct)")
     group.add_argument("--split", choices=("train", "all"), default="train",
                        help="hands to train on; all = the paper's setting, nothing held out")
+    picture_flag(group)
     group = parser.add_argument_group("the run")
     group.add_argument("--seed", type=int, default=0, help="data order and sampling (default 0)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
@@ -847,6 +884,12 @@ def common_flags(parser, sft_defaults=True):
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     group.add_argument("--grad-checkpoint", action="store_true",
                        help="recompute activations: less memory, more time, the same result")
+
+
+def picture_flag(group):
+    """The one flag that only pictures need."""
+    group.add_argument("--picture-size", metavar="WxH", help="gp-vl: pixels of a hand's picture "
+                       "(default 128x64, what the small backbone sees; paper: 1200x1200)")
 
 
 def sft_flags(parser, prefix=""):
@@ -869,6 +912,7 @@ def check_flags(args, at_least_one=()):
             raise Problem(f"{flag} {value}: must be a number of 0 or more, below 2**31")
         if name in at_least_one and value is not None and value < 1:
             raise Problem(f"{flag} {value}: must be at least 1")
+    picture_size(args.picture_size)
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -925,18 +969,20 @@ def main():
         print(f"built {made}")
         return
     backbone = load_backbone(args.model, pick_device(args.device), args.grad_checkpoint)
+    check_sight(backbone, args.task, args.model)
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
     print(f"SFT of {args.model} on {args.task}, seed {args.seed}, {args.steps} steps of "
           f"{args.batch} examples, into {folder}")
 
     def report(row):
         ood = f"  under the other rule {row['ood_nll']:.4f}" if args.ood else ""
+        ood += f"  red suits {row['visual_nll']:.4f}" if "visual_nll" in row else ""
         tqdm.write(f"step {row['step']:5d}  train loss {row['loss']:.4f}  held-out "
                    f"{row['id_nll']:.4f}{ood}  {row['seconds'] / 60:.1f} min")
 
     run_sft(args, folder, stop_at=args.stop_step, report=report, backbone=backbone)
     print(f"done. Next, play every checkpoint:\n    python evaluate.py --run {folder}"
-          + (" --ood" if args.ood else ""))
+          + (" --ood" if args.ood else "") + (" --task gp-vl" if args.task == "gp-vl" else ""))
 
 
 if __name__ == "__main__":

@@ -6,16 +6,20 @@ pieces and by the update at once, alone or beside rows with other pictures or no
     python -m pytest tests/test_pictures.py
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import gp_env
 import rl
 import sft
 from test_evaluate import Rigged
-from test_sft import assert_one_line, command, gradients, relative_gap, same, talk
+from test_sft import (Killed, assert_one_line, command, gradients, kill_at, relative_gap, rows_of,
+                      same, talk, text_model)
 
 SIZE = (128, 64)
 
@@ -194,6 +198,17 @@ def test_gradient_reaches_the_eyes_and_ignores_the_micro_batch(any_class):
     assert relative_gap(found[1][1], found[0][1]) < 1e-4
 
 
+def test_gradient_checkpointing_changes_no_picture(any_class, tmp_path):
+    """Catches eyes that are run twice with different results, or without their gradient."""
+    sft.save_checkpoint(tmp_path / "model", any_class)
+    found = []
+    for wanted in (False, True):
+        backbone = sft.load_backbone(tmp_path / "model", grad_checkpoint=wanted)
+        sft.sft_loss(backbone, [sft.encode(backbone, talk) for talk in pictured(3)], 3)
+        found.append(gradients(backbone))
+    assert torch.equal(*found)
+
+
 def test_mask_of_a_pictured_conversation_is_the_answer(any_class):
     """Catches placeholders of the picture that are learnt, and a mask shifted by them."""
     conversation = pictured(1)[0]
@@ -224,7 +239,6 @@ def test_saved_and_loaded_model_still_sees(any_class, tmp_path):
 
 def test_a_picture_of_the_wrong_shape_is_refused(seeing, tiny):
     """Catches a grey or thread-thin picture that fails deep inside, and a model without eyes."""
-    from PIL import Image
     for picture in (Image.new("L", SIZE), Image.new("RGB", (400, 20)), Image.new("RGB", (8, 8)),
                     np.zeros((64, 128, 3))):
         with pytest.raises(sft.Problem, match="RGB"):
@@ -252,3 +266,169 @@ def test_a_second_picture_is_refused(seeing):
     turns = pictured(1)[0]
     with pytest.raises(AssertionError, match="first turn"):
         sft.encode(seeing, talk(("user", "Go", False)) + turns)
+
+
+# ------------------------------------------------------------------------------------------------
+# The task gp-vl
+# ------------------------------------------------------------------------------------------------
+
+
+def blind_model(case, backbone, folder):
+    """Save a model that is not fit for a -vl task."""
+    if case == "text-only":
+        text_model("llama", backbone.tokenizer).save_pretrained(folder)
+        backbone.tokenizer.save_pretrained(folder)
+        return
+    sft.save_checkpoint(folder, backbone)
+    path = folder / "processor_config.json"
+    if case == "never trained":
+        path.unlink()
+    elif case == "bare tokenizer":
+        path.write_text(path.read_text().replace("MllamaProcessor", "HomeMadeProcessor"))
+    elif case == "damaged":
+        path.write_text(path.read_text()[:100])
+
+
+BLIND = {"text-only": "text-only", "never trained": "never trained", "damaged": "does not load",
+         "bare tokenizer": "bare tokenizer"}
+
+
+@pytest.mark.parametrize("case", BLIND)
+def test_models_that_cannot_see_are_refused(seeing, tmp_path, monkeypatch, capsys, case):
+    """Catches a -vl task played blind: a processor that came back as less, or none at all."""
+    blind_model(case, seeing, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    for script in (sft, evaluate, rl):
+        flags = ["--task", "gp-vl", "--model", "model"]
+        assert_one_line(*command(monkeypatch, capsys, script, *flags),
+                        f"{script.__name__}.py: ", "gp-vl", "cannot see", BLIND[case])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    # words are another matter
+    words = talk(("user", "Go", False), ("assistant", "abc", True))
+    assert len(log_p(sft.load_backbone(tmp_path / "model"), [sft.encode(seeing, words)])) == 4
+
+
+def test_the_shipped_backbone_says_that_it_cannot_see(monkeypatch, capsys):
+    """Catches a student who runs --task gp-vl and gets noise (until a backbone that sees ships)."""
+    shipped = sft.DEFAULT_MODEL["gp-vl"]
+    if (shipped / "processor_config.json").exists():
+        assert sft.load_backbone(shipped).blind == ""
+        return
+    for script in (sft, evaluate, rl):
+        assert_one_line(*command(monkeypatch, capsys, script, "--task", "gp-vl"), "cannot see",
+                        "never trained to see", "--build gp-eyes")
+
+
+@pytest.mark.parametrize("size", ["12", "x", "128x", "64x64", "99999x64", "-128x64", "1e3x99"])
+def test_bad_picture_sizes_end_in_one_line(monkeypatch, capsys, size):
+    """Catches a size that no picture can have, found after minutes of training."""
+    for script in (sft, evaluate, rl):
+        assert_one_line(*command(monkeypatch, capsys, script, f"--picture-size={size}"),
+                        "--picture-size", "128x64")
+
+
+def test_cells_of_pictures_are_what_they_say():
+    """Catches a visual shift that is none, or that moves the rule as well."""
+    ink = {"id": "black", "ood": "black", "visual": "red", "both": "red"}
+    assert set(ink) == set(evaluate.PICTURE_CELLS)
+    for cell, colour in ink.items():
+        envs, seeds = evaluate.cell_environments(cell, "test", 12, "gp-vl", SIZE)
+        hands = [env.reset(seed)[1]["hand"] for env, seed in zip(envs, seeds)]
+        assert {suit for hand in hands for suit in hand.suits} == set(gp_env.SUITS[colour])
+        rule = "face" if cell in ("ood", "both") else "ten"
+        assert {hand.rule for hand in hands} == {gp_env.RULES[rule]}
+        assert all(env.image.size == SIZE for env in envs)
+
+
+def test_single_cards_by_hand():
+    """Catches cards compared by position, read twice, or beyond the fourth."""
+    def heard(cards, text):
+        env = gp_env.GeneralPoints(picture=SIZE)
+        env.reset(0)
+        env.hand = gp_env.Hand(cards, ("spades",) * 4, (10, 10, 10))
+        verdict = env.step(text)[4]["verdict"]
+        return evaluate.Episode(env, "", [evaluate.Turn([], [], [], text, 0.0, "", verdict, True)])
+
+    episodes = [heard(("J", "3", "K", "10"), 'cards: ["3", "Q", "10", "k"]'),
+                heard(("2", "2", "A", "5"), "cards: [2, 5, 5, 5, A, 2], number: [1]"),
+                heard(("7", "8", "9", "A"), "no idea"),
+                heard(("7", "8", "9", "A"), "cards: [7, 8, 9, A]")]
+    found = evaluate.read_singly(episodes)
+    assert found["single_cards"] == (3 + 2 + 0 + 4) / 16
+    assert found["confusion"] == {
+        "A": {"5": 1, "?": 1, "A": 1}, "2": {"2": 1, "5": 1}, "3": {"3": 1}, "5": {"5": 1},
+        "7": {"?": 1, "7": 1}, "8": {"?": 1, "8": 1}, "9": {"?": 1, "9": 1}, "10": {"10": 1},
+        "J": {"Q": 1}, "K": {"K": 1}}
+    measured = evaluate.measure(episodes)
+    assert measured["cards_read"] == 1 / 4 and measured["single_cards"] == 9 / 16
+
+
+FLAGS = ["--task", "gp-vl", "--model", "model", "--ood", "--picture-size", "130x70"]
+
+
+@pytest.fixture
+def at_work(seeing, tmp_path, monkeypatch):
+    """A folder to work in, with a model that sees in "model"."""
+    sft.save_checkpoint(tmp_path / "model", seeing)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gp_env, "GeneralPoints", Rigged)
+    return tmp_path
+
+
+def test_sft_and_evaluation_of_pictures_run(at_work, monkeypatch, capsys):
+    """Catches a task that is a choice of --task and wired nowhere."""
+    asked = []
+    draw = gp_env.draw_hand
+    monkeypatch.setattr(gp_env, "draw_hand", lambda hand, seed, size: asked.append((
+        hand.suits, size)) or draw(hand, seed, size))
+    code, error = command(monkeypatch, capsys, sft, *FLAGS, "--steps", 2, "--start-step", 1,
+                          "--batch", 3, "--out", "run")
+    assert code == 0, error
+    assert {size for _, size in asked} == {(130, 70)}
+    black, red = set(gp_env.SUITS["black"]), set(gp_env.SUITS["red"])
+    assert all(set(suits) <= black for suits, _ in asked[-6:]), "training saw red"
+    assert sum(set(suits) <= red for suits, _ in asked) == 256, "the visual probe"
+    row = rows_of(at_work / "run" / "metrics.jsonl")[-1]
+    assert {"id_nll", "ood_nll", "visual_nll"} <= set(row)
+    code, error = command(monkeypatch, capsys, evaluate, *FLAGS[:2], "--model",
+                          "run/step-000002", "--ood", "--splits", "test", "--hands", 3, "--show",
+                          2, "--out", "found.json", "--max-new-tokens", 4)
+    assert code == 0, error
+    found = json.loads((at_work / "found.json").read_text())
+    assert list(found) == [f"held-out/{cell}" for cell in ("id", "ood", "visual", "both")]
+    assert all({"cards_read", "single_cards", "confusion"} <= set(m) for m in found.values())
+    for cell in found:
+        shown = at_work / "runs" / "shown" / f"{cell.replace('/', '-')}-1.png"
+        assert Image.open(shown).size == SIZE
+
+
+def test_rl_of_pictures_killed_and_resumed_is_the_same(at_work, monkeypatch, capsys):
+    """Catches pictures that depend on what was drawn before, and a checkpoint that went blind."""
+    flags = [*FLAGS, "--from-backbone", "--updates", 2, "--episodes", 4, "--max-new-tokens", 4,
+             "--minibatch", 2, "--eval-hands", 2, "--eval-every", 1]
+    code, error = command(monkeypatch, capsys, rl, *flags, "--out", "whole")
+    assert code == 0, error
+    with monkeypatch.context() as patch:
+        kill_at(patch, rl, "collect", 2)
+        with pytest.raises(Killed):
+            command(monkeypatch, capsys, rl, *flags, "--out", "killed")
+    code, error = command(monkeypatch, capsys, rl, *flags, "--out", "killed", "--resume")
+    assert code == 0, error
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert rows_of(at_work / "whole" / name) == rows_of(at_work / "killed" / name)
+    cells = rows_of(at_work / "whole" / "eval.jsonl")[-1]["cells"]
+    assert [name for name in cells if "held-out" in name] == [
+        f"held-out/{cell}" for cell in ("id", "ood", "visual", "both")]
+    assert sft.load_backbone(at_work / "killed" / "step-000002").blind == ""
+    # the figures of pictures hold no run of text, and the other way round
+    assert len(evaluate.read_runs(at_work, "gp-vl")) == 2
+    with pytest.raises(sft.Problem, match="gp-l"):
+        evaluate.read_runs(at_work, "gp-l")
+    evaluate.plot(at_work, at_work / "figure.png", "gp-vl")
+    assert Image.open(at_work / "figure.png").width > 1000
+
+
+def test_words_are_measured_as_before(tiny):
+    """Catches numbers about cards in the metrics of gp-l, where nothing is to be read."""
+    results, _ = evaluate.evaluate(tiny, ["id"], ["test"], 2, max_new_tokens=2, quiet=True)
+    assert not {"single_cards", "confusion"} & set(results["held-out/id"])
