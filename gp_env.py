@@ -31,6 +31,7 @@ import argparse
 import functools
 import itertools
 import math
+import re
 import string
 import sys
 from dataclasses import dataclass
@@ -604,6 +605,50 @@ def _wrong_tries(rng, hand, formulas, notation, gaps, keys):
                       {"role": "user", "content": RETRY.format(message=verdict.message),
                        "learn": False}]
     return turns
+
+
+_LISTED = re.compile(", ".join(["(10|[2-9AJQK])"] * 4))
+
+
+def pictured_conversations(rng, count, picture):
+    """The backbone's corpus, seen instead of read: `count` conversations with a picture each.
+
+    The list of cards in the prompt gives way to a picture of them, (width, height) pixels. Three
+    cards in four are black: red ones are known as well, but less well, so that training on black
+    ones alone has something to lift and something to lose. Hands of val and test are never shown,
+    whatever the target: reading them measures more than a memory of hands.
+    """
+    made = []
+    odds = [3 / 8 if suit in SUITS["black"] else 1 / 8 for suit in SUITS["all"]]
+    while len(made) < count:
+        for turns in backbone_conversations(rng, count - len(made)):
+            before, *cards, after = _LISTED.split(turns[0]["content"])
+            assert len(cards) == 4, f"not one list of cards in: {turns[0]['content']}"
+            if split_of(cards) != "train":
+                continue
+            suits = [""] * 4
+            for rank in set(cards):             # two cards of a rank are of different suits
+                places = [i for i in range(4) if cards[i] == rank]
+                for i, suit in zip(places, rng.choice(4, len(places), replace=False, p=odds)):
+                    suits[i] = SUITS["all"][suit]
+            hand = Hand(tuple(cards), tuple(suits), RULES["ten"])
+            turns[0] |= {"content": before + IN_PICTURE + after,
+                         "image": draw_hand(hand, int(rng.integers(2**31)), picture)}
+            made.append(turns)
+    return made
+
+
+def reading_conversation(rng, suits, picture):
+    """To measure how a backbone reads: (conversation about a pictured hand of val, the hand).
+
+    suits: a key of SUITS. Asked and answered in a notation of the corpus: "hand: A 10 K 3" first.
+    """
+    hand = deal(rng, suits=suits, split="val")
+    ask, template, *gaps = next(n for n in OTHER_NOTATIONS if n[1].startswith("hand: {cards}"))
+    text = answer(hand, hand.numbers, solutions(hand.numbers)[0], template, *gaps)
+    return [{"role": "user", "content": prompt(hand, ask=ask, pictured=True), "learn": False,
+             "image": draw_hand(hand, int(rng.integers(2**31)), picture)},
+            {"role": "assistant", "content": text, "learn": True}], hand
 
 
 def phrases():

@@ -561,7 +561,7 @@ def run(args):
     elif (pathlib.Path(start) / "state.pt").exists():
         counts["init"] = load_state(start).get("tokens", 0)
     reference = load_backbone(start, device) if args.kl_coef > 0 else None
-    size = task_parameters(model)
+    size = task_parameters(model, pictures=args.task == "gp-vl")
     if not args.inspect:
         resume_at = first if saved else None
         metrics, measured = Metrics(folder, resume_at), Metrics(folder, resume_at, "eval.jsonl")

@@ -21,6 +21,7 @@ The same loop, on broader text, also builds the small backbone that ships with t
     python sft.py --task gp-l --ood            # the SFT start and beyond
     python sft.py --task gp-vl --ood           # the same with the cards in a picture
     python sft.py --build gp                   # rebuild backbones/gp from nothing
+    python sft.py --build gp-eyes              # then teach it to see, its text weights frozen
 
 Read before: gp_env.py. Read next: evaluate.py.
 """
@@ -250,11 +251,17 @@ def crossing_layers(model):
     return list(getattr(model.config.get_text_config(), "cross_attention_layers", None) or [])
 
 
-def task_parameters(model):
-    """Number of parameters that a text task uses: the paper's N, without parts that only see."""
-    skip = ["vision", "multi_modal", "visual", "connector"]
-    skip += [f"layers.{i}." for i in crossing_layers(model)]
-    return sum(p.numel() for n, p in model.named_parameters() if not any(s in n for s in skip))
+def sight(model):
+    """Names of the parameters that only pictures reach: eyes, projector, layers that look."""
+    parts = ["vision", "multi_modal", "visual", "connector"]
+    parts += [f"language_model.layers.{i}." for i in crossing_layers(model)]
+    return {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+
+
+def task_parameters(model, pictures=False):
+    """The paper's N: all parameters for a task in pictures, for text those that text reaches."""
+    skip = set() if pictures else sight(model)
+    return sum(p.numel() for name, p in model.named_parameters() if name not in skip)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -615,13 +622,14 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
 
 
 def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, resume=False,
-          probe=None, report=None, stop_at=None, cooldown=0):
+          probe=None, report=None, stop_at=None, cooldown=0, pictures=False):
     """The supervised loop.
 
     draw(step) -> list of conversations, a function of the step alone, so that a resumed run sees
     what an unbroken one would have seen. lr: the peak; it decays to 0 at `steps`, also when the
     run ends earlier, at `stop_at`. save_at: steps after which `step-000123` is written.
     probe(backbone) -> dict of extra metrics for each checkpoint; report(row) shows its metrics.
+    pictures: FLOPs are counted for the whole model, not for its text part.
     Returns the path of the last checkpoint.
     """
     stop_at = stop_at or steps
@@ -641,7 +649,7 @@ def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, re
         optimizer.load_state_dict(state["optimizer"])
         tokens = state["tokens"]
     metrics = Metrics(folder, resume_at=first if resume else None)
-    count = task_parameters(model)
+    count = task_parameters(model, pictures)
     began, losses = time.time(), []
     bar = tqdm(range(first, stop_at), initial=first, total=stop_at, desc="sft", unit="step",
                leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
@@ -755,23 +763,31 @@ def build_processor(model, tokenizer):
     return MllamaProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
-def build_backbone(folder, seed, steps, batch, lr, resume):
-    """Pretrain the `gp` backbone on gp_env.backbone_conversations, deterministic from the seed."""
-    tokenizer = build_tokenizer(gp_env.phrases())
-    backbone = wrap_backbone(build_model(tokenizer, seed).eval(), tokenizer)
-    chunk = 16      # batches drawn at once and sorted by turns, so that a batch has little padding
-    drawn = {}
+def in_blocks(corpus, seeds, batch):
+    """draw(step) of `train` for corpus(rng, count): batches of conversations of like length.
+
+    16 batches are drawn at once and sorted by turns, so that a batch has little padding.
+    """
+    chunk, drawn = 16, {}
 
     def draw(step):
         block = step // chunk
         if block not in drawn:
             drawn.clear()
-            rng = np.random.default_rng([seed, 1, block])
-            rows = gp_env.backbone_conversations(rng, chunk * batch)
+            rng = np.random.default_rng([*seeds, block])
+            rows = corpus(rng, chunk * batch)
             rows.sort(key=len)
             drawn[block] = [rows[i * batch:(i + 1) * batch] for i in rng.permutation(chunk)]
         return drawn[block][step % chunk]
 
+    return draw
+
+
+def build_backbone(folder, seed, steps, batch, lr, resume):
+    """Pretrain the `gp` backbone on gp_env.backbone_conversations, deterministic from the seed."""
+    tokenizer = build_tokenizer(gp_env.phrases())
+    backbone = wrap_backbone(build_model(tokenizer, seed).eval(), tokenizer)
+    draw = in_blocks(gp_env.backbone_conversations, [seed, 1], batch)
     save_at = set(range(0, steps, max(1, steps // 20)))
     began = time.time()
 
@@ -785,6 +801,91 @@ def build_backbone(folder, seed, steps, batch, lr, resume):
     clear_up(HERE / "backbones")
     bare = HERE / "backbones" / "gp"        # ships without the optimizer's state
     save_checkpoint(bare, load_backbone(last))
+    return bare
+
+
+def new_eyes(reader, seed):
+    """The small backbone with untrained eyes: every weight that text reaches is `reader`'s.
+
+    Those weights are frozen: as Llama 3.2 Vision is Llama 3.1 on text, so this backbone will answer
+    prompts without a picture as before, to the last bit. Returns a Backbone.
+    """
+    tokenizer = reader.tokenizer
+    model = build_model(tokenizer, seed)
+    own = sight(model)
+    model.load_state_dict({name: value for name, value in reader.model.state_dict().items()
+                           if name not in own}, strict=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in own)
+            if name.endswith("tile_positional_embedding.gate"):
+                # Closed at first, and then the two tiles of a picture look alike: which half a
+                # card lies in could not be told.
+                parameter.fill_(1.0)
+            elif "positional_embedding.embedding" in name:
+                parameter.mul_(10)      # from 0.02 to about the size of an embedded patch
+    return wrap_backbone(model.eval(), tokenizer, processor=build_processor(model, tokenizer))
+
+
+@torch.no_grad()
+def cards_seen(backbone, suits, count=64):
+    """Share of single cards that are read right off pictures of held-out hands, in 0..1.
+
+    Teacher-forced: each card's token, given the picture and the cards before it. suits: a key of
+    gp_env.SUITS. Only for the small backbone, where every card is one token.
+    """
+    token = backbone.tokenizer.convert_tokens_to_ids
+    rows, wanted = [], []
+    for i in range(count):
+        conversation, hand = gp_env.reading_conversation(np.random.default_rng([4, i]), suits,
+                                                         gp_env.PICTURE_SIZE)
+        ids, mask, picture = encode(backbone, conversation)
+        first = ids.index(token(hand.cards[0]), mask.index(1))
+        cards = [first + 2 * k for k in range(4)]               # a space between any two
+        assert [ids[j] for j in cards] == [token(card) for card in hand.cards]
+        rows.append((ids, picture))
+        wanted.append(cards)
+    ids = pad([row[0] for row in rows]).to(backbone.device)
+    lengths = torch.tensor([len(row[0]) for row in rows], device=backbone.device)
+    hidden = trunk(backbone, ids, lengths, [row[1] for row in rows])                # (B, T, H)
+    at = torch.tensor(wanted, device=backbone.device)                               # (B, 4)
+    row = torch.arange(count, device=backbone.device)[:, None]
+    guess = backbone.model.get_output_embeddings()(hidden[row, at - 1]).argmax(-1)
+    return (guess == ids[row, at]).float().mean().item()
+
+
+def build_eyes(folder, seed, steps, batch, lr, resume):
+    """Teach backbones/gp to see, on gp_env.pictured_conversations; deterministic from the seed.
+
+    Only `sight` learns. Returns the folder of the backbone, which is replaced at the end.
+    """
+    bare = HERE / "backbones" / "gp"
+    reader = load_backbone(bare)
+    backbone = new_eyes(reader, seed)
+
+    def corpus(rng, count):
+        return gp_env.pictured_conversations(rng, count, gp_env.PICTURE_SIZE)
+
+    def probe(backbone):
+        return {f"{suits}_cards": cards_seen(backbone, suits) for suits in ("black", "red")}
+
+    def report(row):
+        print(f"step {row['step']:6d}/{steps}  loss {row['loss']:.4f}  cards read: black "
+              f"{row['black_cards']:.1%}, red {row['red_cards']:.1%}  "
+              f"{row['seconds'] / 60:.1f} min", flush=True)
+
+    save_at = set(range(0, steps, max(1, steps // 20)))
+    last = train(backbone, in_blocks(corpus, [seed, 5], batch), folder, steps, lr, warmup=100,
+                 save_at=save_at, micro_batch=16, resume=resume, probe=probe, report=report,
+                 cooldown=int(0.4 * steps), pictures=True)
+    made, before = load_backbone(last), reader.model.state_dict()
+    hidden = sight(made.model)
+    if not all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items()
+               if name not in hidden):
+        raise Problem("the text weights are not those of backbones/gp any more: it was replaced "
+                      "while this ran, or before --resume; start over")
+    clear_up(HERE / "backbones")
+    save_checkpoint(bare, made)
     return bare
 
 
@@ -861,7 +962,7 @@ def run_sft(args, folder, stop_at=None, report=None, backbone=None):
     save_at |= {s for s in (20, 40, 80, 150) if s < args.steps and every > 20}
     return train(backbone, draw, folder, args.steps, args.lr, warmup=max(1, int(0.01 * args.steps)),
                  save_at=save_at, micro_batch=args.micro_batch, resume=args.resume, probe=probe,
-                 report=report, stop_at=stop_at)
+                 report=report, stop_at=stop_at, pictures=args.task == "gp-vl")
 
 
 def common_flags(parser, sft_defaults=True):
@@ -956,16 +1057,21 @@ def main():
                         help="examples in memory at once; does not change the result")
     parser.add_argument("--stop-step", type=int, help="end here, on the schedule of --steps; "
                         "--resume with a later one, or without, goes on")
-    parser.add_argument("--build", choices=("gp",), help="pretrain this small backbone from "
-                        "nothing into backbones/, and stop")
+    parser.add_argument("--build", choices=("gp", "gp-eyes"), help="pretrain the small backbone "
+                        "from nothing into backbones/gp, or teach that one to see, and stop")
     parser.add_argument("--build-steps", type=int, default=3000, help="steps of --build")
     args = parser.parse_args()
     check_flags(args, at_least_one=("micro_batch", "batch", "save_every", "steps", "stop_step",
                                     "build_steps"))
     args.model = args.model or str(DEFAULT_MODEL[args.task])
     if args.build:
-        made = build_backbone(args.out or f"runs/build-{args.build}", args.seed, args.build_steps,
-                              batch=64, lr=2e-3, resume=args.resume)
+        folder = args.out or f"runs/build-{args.build}"
+        if args.build == "gp":
+            made = build_backbone(folder, args.seed, args.build_steps, batch=64, lr=2e-3,
+                                  resume=args.resume)
+        else:
+            made = build_eyes(folder, args.seed, args.build_steps, batch=32, lr=1e-3,
+                              resume=args.resume)
         print(f"built {made}")
         return
     backbone = load_backbone(args.model, pick_device(args.device), args.grad_checkpoint)

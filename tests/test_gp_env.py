@@ -471,6 +471,47 @@ def test_pictured_experts_are_the_same_experts():
         assert not red.any() and black.any()
 
 
+def test_pictured_corpus_is_the_corpus_with_the_list_drawn(monkeypatch):
+    """Pictures of other cards than the answer names, the list left in, or a card dealt twice."""
+    drawn = []
+    monkeypatch.setattr(gp_env, "draw_hand", lambda hand, seed, size: drawn.append(hand) or seed)
+    rng = np.random.default_rng(3)
+    shown = gp_env.pictured_conversations(rng, 400, (128, 64))
+    plain = {}                                          # the conversations it began with, by answer
+    for turns in backbone_conversations(np.random.default_rng(3), 400):
+        plain[turns[1]["content"], turns[-1]["content"]] = turns
+    found = 0
+    for after, hand in zip(shown, drawn, strict=True):
+        text = after[0]["content"]
+        assert text.count(gp_env.IN_PICTURE) == 1
+        listed = text.replace(gp_env.IN_PICTURE, ", ".join(hand.cards))
+        assert read_prompt(listed)[0] == list(hand.cards)
+        before = plain.get((after[1]["content"], after[-1]["content"]))
+        found += before is not None
+        assert before is None or (before[0]["content"], before[1:]) == (listed, after[1:])
+        assert len(set(zip(hand.cards, hand.suits))) == 4, "the same card twice"
+        assert split_of(hand.cards) == "train"
+    assert len(shown) == 400 and found > 200
+    suits = Counter(suit for hand in drawn for suit in hand.suits)
+    assert set(suits) == set(gp_env.SUITS["all"])
+    black = sum(suits[suit] for suit in gp_env.SUITS["black"]) / sum(suits.values())
+    assert 0.68 < black < 0.82                              # three in four, 6 deviations wide
+    assert len({turns[0]["image"] for turns in shown}) > 390
+
+
+@pytest.mark.parametrize("suits", ["black", "red"])
+def test_reading_is_asked_on_validation_hands_only(suits):
+    """Reading is measured on hands of training, or of test, which nobody may tune on."""
+    for seed in range(20):
+        (question, answer), hand = gp_env.reading_conversation(np.random.default_rng(seed), suits,
+                                                               (128, 64))
+        assert split_of(hand.cards) == "val" and set(hand.suits) <= set(gp_env.SUITS[suits])
+        assert answer["content"].startswith(f"hand: {' '.join(hand.cards)}\n")
+        assert gp_env.IN_PICTURE in question["content"] and question["image"].size == (128, 64)
+        verdict = verify_gp(answer["content"], hand.cards, hand.numbers)
+        assert not verdict.correct, "the backbone must not know the task's notation"
+
+
 # ------------------------------------------------------------------------------------------------
 # The environment
 # ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ pieces and by the update at once, alone or beside rows with other pictures or no
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -266,6 +267,59 @@ def test_a_second_picture_is_refused(seeing):
     turns = pictured(1)[0]
     with pytest.raises(AssertionError, match="first turn"):
         sft.encode(seeing, talk(("user", "Go", False)) + turns)
+
+
+# ------------------------------------------------------------------------------------------------
+# Teaching the small backbone to see
+# ------------------------------------------------------------------------------------------------
+
+
+def test_learning_to_see_changes_no_text(monkeypatch, tmp_path):
+    """Catches text weights that move while the eyes learn: every result in text would be void."""
+    shutil.copytree(sft.HERE / "backbones" / "gp", tmp_path / "backbones" / "gp")
+    monkeypatch.setattr(sft, "HERE", tmp_path)
+    monkeypatch.setattr(sft, "cards_seen", lambda backbone, suits: 0.0)
+    before = sft.load_backbone(tmp_path / "backbones" / "gp")
+    made = sft.build_eyes(tmp_path / "run", seed=1, steps=2, batch=3, lr=1e-2, resume=False)
+    after = sft.load_backbone(made)
+    own, first = sft.sight(after.model), before.model.state_dict()
+    assert after.blind == "" and made == tmp_path / "backbones" / "gp"
+    for name, value in after.model.state_dict().items():
+        assert torch.equal(value, first[name]) == (name not in own), name
+    rng = np.random.default_rng(0)
+    rows = [sft.encode(after, gp_env.expert_conversation(rng)) for _ in range(4)]
+    assert torch.equal(log_p(before, rows), log_p(after, rows))
+    # once more on top of it: the same eyes, from the same seed
+    sft.build_eyes(tmp_path / "run2", seed=1, steps=2, batch=3, lr=1e-2, resume=False)
+    assert same(sft.load_backbone(made).model.state_dict(), after.model.state_dict())
+
+
+def test_only_what_sees_learns():
+    """Catches parts that are frozen by mistake, or that no gradient of a picture reaches."""
+    backbone = sft.new_eyes(sft.load_backbone(sft.DEFAULT_MODEL["gp-l"]), 0)
+    rows = [sft.encode(backbone, turns) for turns in gp_env.pictured_conversations(
+        np.random.default_rng(0), 2, SIZE)]
+    sft.sft_loss(backbone, rows, 2)
+    own = sft.sight(backbone.model)
+    reached = {name for name, p in backbone.model.named_parameters()
+               if p.grad is not None and p.grad.abs().max() > 0}
+    late = "model.vision_model.gated_positional_embedding.tile_embedding.weight"
+    assert own - reached == {late} and reached < own        # its gate has to open first
+    assert sft.task_parameters(backbone.model, pictures=True) == sum(
+        p.numel() for p in backbone.model.parameters()) > sft.task_parameters(backbone.model)
+
+
+@pytest.mark.parametrize("shift, share", [(1, 1.0), (0, 0.0)])
+def test_cards_seen_asks_for_the_next_token(seeing, monkeypatch, shift, share):
+    """Catches a measure that is one token off: it would call a blind model a reader."""
+    size = seeing.model.get_output_embeddings().weight.shape[0] + 8
+
+    def prophet(backbone, ids, lengths, pictures):
+        return torch.nn.functional.one_hot(ids.roll(-shift, dims=1), size).float()
+
+    monkeypatch.setattr(sft, "trunk", prophet)
+    monkeypatch.setattr(seeing.model, "get_output_embeddings", torch.nn.Identity)
+    assert sft.cards_seen(seeing, "red", 8) == share
 
 
 # ------------------------------------------------------------------------------------------------
