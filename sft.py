@@ -258,6 +258,23 @@ def sight(model):
     return {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
 
 
+def freeze(model, what):
+    """Keep a part as it is, as the paper's ablation of SFT in pictures does (Fig. 16).
+
+    what: "vision" for the eyes; "adapter" for the eyes and the projector behind them; None or
+    "none" for nothing. Layers that look at a picture (Mllama) belong to the language model here.
+    Raises Problem if the model has no such part.
+    """
+    parts = {"vision": ("vision_model", "vision_tower"),
+             "adapter": ("vision_model", "vision_tower", "multi_modal_projector", "connector")}
+    parts = parts.get(what, ())
+    frozen = [p for name, p in model.named_parameters() if any(part in name for part in parts)]
+    if parts and not frozen:
+        raise Problem(f"--freeze {what}: this model has no such part")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+
 def task_parameters(model, pictures=False):
     """The paper's N: all parameters for a task in pictures, for text those that text reaches."""
     skip = set() if pictures else sight(model)
@@ -934,7 +951,7 @@ def run_sft(args, folder, stop_at=None, report=None, backbone=None):
     """
     backbone = backbone or load_backbone(args.model, pick_device(args.device),
                                          args.grad_checkpoint)
-
+    freeze(backbone.model, args.freeze)
     options = game_options(args)
 
     def draw(step):
@@ -1055,6 +1072,8 @@ def main():
     sft_flags(parser)
     parser.add_argument("--micro-batch", type=int, default=64,
                         help="examples in memory at once; does not change the result")
+    parser.add_argument("--freeze", choices=("none", "vision", "adapter"), help="gp-vl: what keeps "
+                        "its weights: the eyes, or the eyes and the projector (paper: Fig. 16)")
     parser.add_argument("--stop-step", type=int, help="end here, on the schedule of --steps; "
                         "--resume with a later one, or without, goes on")
     parser.add_argument("--build", choices=("gp", "gp-eyes"), help="pretrain the small backbone "
@@ -1076,6 +1095,7 @@ def main():
         return
     backbone = load_backbone(args.model, pick_device(args.device), args.grad_checkpoint)
     check_sight(backbone, args.task, args.model)
+    freeze(backbone.model, args.freeze)                 # before the run folder is claimed
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
     print(f"SFT of {args.model} on {args.task}, seed {args.seed}, {args.steps} steps of "
           f"{args.batch} examples, into {folder}")

@@ -269,6 +269,26 @@ def test_a_second_picture_is_refused(seeing):
         sft.encode(seeing, talk(("user", "Go", False)) + turns)
 
 
+@pytest.mark.parametrize("what, parts", [
+    (None, ()), ("none", ()), ("vision", ("vision_",)),
+    ("adapter", ("vision_", "multi_modal_projector", "connector"))])
+def test_frozen_parts_get_no_gradient(any_class, what, parts):
+    """Catches an ablation that freezes nothing, or more than it says."""
+    sft.freeze(any_class.model, what)
+    sft.sft_loss(any_class, [sft.encode(any_class, turns) for turns in pictured(3)], 3)
+    named = dict(any_class.model.named_parameters())
+    frozen = {name for name in named if any(part in name for part in parts)}
+    assert {name for name, p in named.items() if not p.requires_grad} == frozen
+    assert bool(frozen) == bool(parts) and all(named[name].grad is None for name in frozen)
+    assert sum(p.grad is not None for p in named.values()) > 10
+
+
+def test_what_is_not_there_cannot_be_frozen(tiny):
+    """Catches a text-only model "with a frozen vision encoder" in somebody's table."""
+    with pytest.raises(sft.Problem, match="--freeze vision"):
+        sft.freeze(text_model("llama", tiny.tokenizer), "vision")
+
+
 # ------------------------------------------------------------------------------------------------
 # Teaching the small backbone to see
 # ------------------------------------------------------------------------------------------------
