@@ -143,6 +143,8 @@ def score(backbone, head, rows, temperature, value_trunk=False):
     pictures = [r.get("picture") for r in rows]
     hidden = trunk(backbone, ids, lengths, pictures)                         # (rows, T, H)
     logprobs, entropy = token_logprobs(backbone, hidden, ids, mask, temperature)
+    # A causal model's hidden state at position t knows tokens 0..t and nothing later. So the states
+    # before ALL answers of an episode lie in this one pass, and V of try k cannot peek at answer k.
     at = [(i, end) for i, r in enumerate(rows) for end in r["ends"]]
     row, end = torch.tensor(at, device=device).T
     state = hidden[row, end].float()                                         # (tries, H)
@@ -211,6 +213,8 @@ def add_advantages(rows, episodes, gamma, lam):
     Normalised over all tries of the batch: mean 0, standard deviation 1 (Huang et al. 2022, detail
     7). Returns are left alone, they are what the critic has to predict.
     """
+    # An episode may lie in several rows (V-IRL forgets after each right action); time runs on
+    # through all of them, so tries are put back in order by (episode, number of the try).
     values = {t: v for r in rows for t, v in zip(r["tries"], r["values"])}
     result = {}
     for e, episode in enumerate(episodes):
@@ -218,6 +222,8 @@ def add_advantages(rows, episodes, gamma, lam):
         v = torch.stack([values[e, k] for k in range(len(rewards))]).cpu()
         advantages, returns = gae(rewards, v, episode.terminated, episode.truncated, gamma, lam)
         result |= {(e, k): pair for k, pair in enumerate(zip(advantages, returns))}
+    # One mean and one spread for the whole batch, not for each minibatch: otherwise the sign of an
+    # advantage would depend on which other episodes it happened to be shuffled with.
     every = torch.stack([a for a, _ in result.values()])
     mean, spread = every.mean(), every.std(correction=0) + 1e-8
     for r in rows:
@@ -280,7 +286,9 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
             for key in ("logprobs", "advantages", "returns", "values")}
     counts = torch.tensor([n for r in part for n in _answer_lengths(r)], device=logprobs.device)
     if args.ratio == "token":
-        # Each token is its own action and carries its answer's advantage.
+        # Each token is its own action and carries its answer's advantage. That is an approximation:
+        # the gradient of sum(log ratio) * A is the same for both conventions where ratios are 1 (a
+        # product's log is the sum of logs), but here each token is clipped on its own.
         advantages = torch.repeat_interleave(join["advantages"], counts)
         policy, log_ratio = policy_loss(logprobs, join["logprobs"], advantages, args.clip)
         policy = policy / tokens
@@ -292,6 +300,7 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
                                         join["advantages"], args.clip)
         policy = policy / tries
     critic = value_loss(values, join["values"], join["returns"], args.value_clip) / tries
+    # Minimised: the surrogate enters with a minus already, the entropy bonus is subtracted.
     loss = policy + args.value_coef * critic - args.entropy_coef * entropy.sum() / tokens
     if args.kl_coef > 0:
         # KL to the SFT start, estimator k3 of Schulman's note: never negative, low variance.
@@ -316,11 +325,13 @@ def _answer_lengths(row):
 def ppo_update(backbone, head, optimizer, rows, args, update):
     """args.epochs passes over the batch in shuffled minibatches. Returns mean statistics."""
     sft.learning_mode(backbone, True)
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
     done = update * args.epochs * -(-len(rows) // args.minibatch)   # optimiser steps before this
     log, fed, skipped = [], 0, 0
     order = seeded(args.seed, update, 3)
     for _ in range(args.epochs):
+        # Whole conversations are shuffled, not tries: the tries of one share a forward pass. From
+        # the second minibatch on the policy is no longer the one that played, which is what the
+        # ratio corrects for, and the clip limits how far that is trusted.
         shuffled = [rows[i] for i in torch.randperm(len(rows), generator=order).tolist()]
         for start in range(0, len(rows), args.minibatch):
             part = shuffled[start:start + args.minibatch]
@@ -332,7 +343,10 @@ def ppo_update(backbone, head, optimizer, rows, args, update):
                 loss.backward()
                 fed += sum(len(r["ids"]) for r in micro)
                 total = {k: total.get(k, 0.0) + v for k, v in numbers.items()}
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            # Clipped apart: under one common norm the critic's long gradient would shorten the
+            # policy's, by another factor in each minibatch.
+            norms = [torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                     for group in optimizer.param_groups]
             # Adam's first steps have full length whatever the gradient: without a warm-up the very
             # first update moves the policy further (approx_kl 0.13) than the ten that follow.
             # Then a cosine over the updates, as in the paper. At a constant rate the gain of the
@@ -341,12 +355,12 @@ def ppo_update(backbone, head, optimizer, rows, args, update):
             scale *= min(1.0, (done + len(log) + 1) / max(1, args.warmup))
             for group, peak in zip(optimizer.param_groups, (args.lr, args.value_lr)):
                 group["lr"] = peak * scale
-            if torch.isfinite(norm):
+            if all(map(torch.isfinite, norms)):
                 optimizer.step()
             else:
                 skipped += 1            # reported, not applied
             optimizer.zero_grad(set_to_none=True)
-            log.append(total | {"grad_norm": norm.item()})
+            log.append(total | {"grad_norm": norms[0].item(), "value_grad_norm": norms[1].item()})
     mean = {k: sum(x[k] for x in log) / len(log) for k in log[0]}
     return mean | {"skipped": skipped, "tokens_trained": fed}
 
