@@ -254,6 +254,13 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
     """
     backbone.model.eval()       # train mode with checkpointing samples wrong tokens, silently
     device = backbone.device
+    # Four lists, one entry for each episode e:
+    #   told[e]     tokens of the latest user turn: what the update will see as prompt
+    #   pending[e]  tokens that the model has not read yet: told[e], and before it the last token of
+    #               the answer, which was sampled but never fed
+    #   spoken[e]   everything read so far; only needed where no cache is kept
+    #   shown[e]    the picture of the running conversation
+    # invariant: (columns of the cache that are row e's) + pending[e] = the whole conversation
     episodes, pending, told, shown = [], [], [], []
     for env, seed in zip(envs, seeds):
         observation, _ = env.reset(seed)
@@ -275,7 +282,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
                           max_new_tokens, generator)
         texts = backbone.tokenizer.batch_decode([ids for ids, _ in answers],
                                                 skip_special_tokens=True)
-        stay = []
+        stay = []                               # rows whose episode goes on
         for row, (e, (ids, logprobs), text) in enumerate(zip(playing, answers, texts)):
             observation, reward, terminated, truncated, info = envs[e].step(text)
             episodes[e].turns.append(Turn(told[e], ids, logprobs, text, reward,
@@ -285,6 +292,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
             if terminated or truncated:
                 continue
             stay.append(row)
+            # --- the verifier's message becomes the next user turn (the paper's sequential revision)
             new[e] = observation["new_conversation"]
             told[e], picture = _user_turn(backbone, observation)
             if new[e]:
@@ -297,6 +305,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
             spoken[e] += pending[e] + ids[:-1]
             # the last sampled token has not been fed yet: it goes first in the next block
             pending[e] = ids[-1:] + told[e]
+        # --- finished episodes leave the batch: five tries cost 3 to 4 times one, not 5 times
         if len(stay) < len(playing):
             playing = [playing[row] for row in stay]
             if playing and keep_cache:
@@ -328,10 +337,14 @@ def _answer(backbone, reader, block, pictures, temperature, max_new_tokens, gene
     inside = torch.tensor([[0] * (width - len(b)) + [1] * len(b) for b in block], device=device)
     ends = torch.tensor(backbone.end_ids, device=device)
     going = torch.ones(len(block), dtype=torch.bool, device=device)     # rows still speaking
+    # A row that has ended goes on being computed until all have: its tokens are thrown away, and its
+    # columns are masked (inside = 0), so that it never reads what it said after its end.
     columns, scores, spoke = [], [], []
     for step in range(max_new_tokens):
         logits = reader.read(ids, inside, pictures)                                # (B, V)
         if temperature > 0:
+            # What is sampled from is what is recorded: no top-k, no top-p, no penalty. Otherwise
+            # the old policy of the PPO ratio would not be the one that played.
             logprobs = torch.log_softmax(logits / temperature, dim=-1)
             token = torch.multinomial(logprobs.exp(), 1, generator=generator)      # (B, 1)
         else:
@@ -388,6 +401,8 @@ def measure(episodes):
     STATED rule); errors: kinds of the wrong first answers; tries: mean number of answers. For
     pictures also single_cards and confusion, see `read_singly`.
     """
+    # Reading is judged on the FIRST answer: later ones have seen the verifier's message, which
+    # names the numbers that are missing and so gives the rule away.
     first = [episode.turns[0].verdict for episode in episodes]
     count, hits = len(episodes), sum(e.terminated for e in episodes)
     errors = Counter(v.kind for v in first if not v.correct)
@@ -444,6 +459,8 @@ def evaluate(backbone, cells, splits, count, temperature=0.6, batch=256, max_new
     see `cell_environments`.
     """
     results, kept = {}, {}
+    # Hands AND random draws are a function of the cell: two checkpoints meet the same hands, and
+    # their difference is not the luck of the deal.
     names = [(cell, split) for split in splits for cell in cells]
     bar = tqdm(total=len(names) * count, desc="evaluate", unit="hand", leave=False,
                disable=quiet or not sys.stderr.isatty(), dynamic_ncols=True)
