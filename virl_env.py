@@ -1,0 +1,1452 @@
+"""V-IRL: follow written steps through a city, one action at a time, in words or in street view.
+
+Paper: arXiv 2501.17161, section 4.2 and appendix B. The knob that the whole project turns:
+
+    rule "absolute"  turn_direction(north), ... 8 compass words     training, in-distribution (ID)
+    rule "relative"  turn_direction(left), ... 4 words              never trained on: the rule OOD
+    another city     other streets, names, houses, signs, light     the visual OOD
+
+Each step names BOTH words ("turn left, to face northwest"), and the prompt lists the legal ones. A
+model that READS the list transfers; one that has memorised "copy the compass word" fails.
+
+What happens in an episode (`Navigation`):
+  1. read routes in the format of the paper's released data, and check every one
+  2. draw a route of the split; turn the walker to a random heading
+  3. lay the rail: start, points along the way (each kept with probability 1/2), crossings, end
+  4. the prompt: the steps, the legal actions, all that was seen and done, what is seen now
+  5. for street view: crop a panorama to front, right / back, left
+  6. step(answer) asks verifier.py; a wrong action is never carried out, the message comes back
+  7. a right action moves on along the rail, and a FRESH conversation begins there
+  8. it ends at stop() (terminated) or when a position has used up its `tries` (truncated)
+
+The default data needs no download: ten cities are grown from seeds (part 6 below) and written in
+that same format, so that both kinds of data pass through the same lines.
+
+Symbols: north is 0 degrees, east 90. N points of a route after its start, S streets, W x H pixels.
+Positions in a generated city are (x, y) in metres, x to the east and y to the north.
+
+    python virl_env.py                            walk in the terminal, verifier messages included
+    python virl_env.py --rule relative --city Brim --seed 3
+    python virl_env.py --picture runs/look        a map and the street views of the walk as PNG
+    python virl_env.py --write runs/alder         the city as files, in the released format
+    python virl_env.py --routes nyc_1k_routes     the paper's data, after you have downloaded it
+
+Read before: verifier.py, gp_env.py. Read next: sft.py.
+"""
+
+import argparse
+import colorsys
+import functools
+import io
+import json
+import math
+import pathlib
+import pickle
+import re
+import string
+import sys
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from verifier import VIRL_MESSAGES, VIRL_REWARDS, verify_virl
+
+TRIES = 2               # answers at one position (the paper's verify_iter)
+POINTS_BETWEEN = 5      # a leg is cut in five; its points are positions of the rail ...
+DROP = 0.5              # ... that are left out with this probability, anew at each reset
+NEAR_END = 8.0          # metres; points as near as this to an end of their leg are left out
+SHORT_LEG = 5.0         # metres; legs up to this length get no points
+REACH = 20.0            # metres from a coordinate to the panorama that may stand for it
+
+# ------------------------------------------------------------------------------------------------
+# Words. As in gp_env.py, every fixed piece is ONE token of the small backbone (see `phrases`).
+# ------------------------------------------------------------------------------------------------
+
+COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
+RELATIVE = ("left", "right", "slightly left", "slightly right")
+CLOCK = tuple(f"{hour} o'clock" for hour in range(1, 13))
+ARROWS = ("↑", "↗", "→", "↘", "↓", "↙", "←", "↖")
+VOCABULARIES = {"compass": COMPASS, "relative": RELATIVE, "clock": CLOCK, "arrows": ARROWS}
+RULES = {"absolute": "compass", "relative": "relative"}     # legal words of turn_direction(x)
+
+PROMPT = ("[Task] You walk through a city by the steps below. Say what you see now, which step you "
+          "are at, and what to do.\n"
+          "[Steps]\n{steps}"
+          "{view}[Actions] {space}\n"
+          "[Walk so far]\n{walk}"
+          "[Output] {ask}")
+TURN = "{n}. Turn {relative}, to face {compass}.\n"
+ON = "{n}. Go on to the next intersection: {landmarks}.\n"
+ARRIVE = "{n}. Go on to the end of the walk: {landmarks}.\n"
+VIEW = "[View] The picture has four views from where you stand: front, right / back, left.\n"
+SPACE = "{go} goes on, {turn} turns to face x, {stop} ends the walk; x is one of: {words}"
+MOVES = ("forward()", "turn_direction({x})", "stop()")
+PAST = "O_{k}: {seen}\nA_{k}: {action}\n"
+NOW = "O_{k}: {seen}\nA_{k}:\n"
+NOTHING = "no landmark in sight"
+CROSSING = "; you are at an intersection"
+PICTURE = "see the picture"
+KEYS = ("current observation", "current instruction", "action")     # the paper's three fields
+ASK = ('One JSON object: {{"{o}": "what you see now", "{i}": "the step you are at", '
+       '"{a}": "one of the actions"}}')
+ANSWER = '{{"{o}": "{seen}", "{i}": "{step}", "{a}": "{action}"}}'
+RETRY = "Not right: {message}. Try again."
+
+# The backbone's corpus: the same walks told in other words, with four vocabularies of turns, so
+# that "use the words that are listed" is the only habit that pays ...
+OTHER_PROMPTS = (
+    PROMPT,
+    "{walk}That is your walk so far. These steps lead to the goal:\n{steps}{view}"
+    "Which one is next, and what do you do? {space}\n{ask}",
+    "Guide a walker. Moves: {space}\n{view}Plan:\n{steps}Log:\n{walk}Reply: {ask}",
+)
+OTHER_TURNS = (
+    "{n}. Turn {relative} ({clock}, {arrows}), to face {compass}.\n",
+    "{n}. {arrows} Face {compass}: turn {relative}, at {clock}.\n",
+    "{n}. At {clock} turn {relative} {arrows} until you look {compass}.\n",
+)
+OTHER_ONS = ((ON, ARRIVE),
+             ("{n}. Walk to the next crossing. {landmarks}.\n",
+              "{n}. Walk to the goal. {landmarks}.\n"),
+             ("{n}. Straight on until: {landmarks}.\n", "{n}. Straight on, to the goal: {landmarks}.\n"))
+OTHER_SPACES = (SPACE, "{stop}, or {go}, or {turn} with x from {words}.",
+                "use {turn} ({words}), {go} and {stop} only")
+OTHER_MOVES = (MOVES, MOVES, ("walk()", "face({x})", "end()"), ("go", "turn {x}", "halt"),
+               ("ahead", "look {x}", "here"))
+OTHER_HISTORIES = ((PAST, NOW), ("{k}) {seen} -> {action}\n", "{k}) {seen} ->\n"),
+                   ("saw {seen}; did {action}\n", "see {seen}\n"))
+# ... answered in other notations: (what the prompt asks for, the answer). NONE is accepted by the
+# verifier, whose key is "action". The keys are drawn anew for each field of each conversation.
+OTHER_KEYS = (("seen", "view", "around"), ("line", "rule", "part"), ("move", "next", "do"))
+OTHER_NOTATIONS = (
+    (ASK, ANSWER), (ASK, ANSWER), (ASK, ANSWER),
+    (ASK + " Begin with {a}.", '{{"{a}": "{action}", "{o}": "{seen}", "{i}": "{step}"}}'),
+    ("Two lines, {o} and {a}.", "{o}: {seen}\n{a}: {action}"),
+    ("Tags {o}, {i}, {a}.", "<{o}>{seen}</{o}><{i}>{step}</{i}><{a}>{action}</{a}>"),
+    ("Say it in words.", "I see this: {seen}. I am at {step} So I {action}"),
+    ("Only {a}.", "{a} = {action}"),
+    ("{i}, an arrow, {a}.", "{step} => {action}"),
+)
+
+
+class RouteProblem(ValueError):
+    """Data that cannot be used. Its one line of text names the file, and the route where known."""
+
+    def __init__(self, file, what, route=None):
+        self.file, self.what = file, what
+        where = file if route is None else f"{file}, route {route}"
+        super().__init__(" ".join(f"{where}: {what}".split()))
+
+
+# ------------------------------------------------------------------------------------------------
+# Directions
+# ------------------------------------------------------------------------------------------------
+
+
+def compass_word(heading):
+    """The nearest of the eight compass words. heading: degrees.
+
+    >>> compass_word(298), compass_word(359)
+    ('northwest', 'north')
+    """
+    return COMPASS[round(heading / 45) % 8]
+
+
+def bend(heading, target):
+    """Degrees to turn from heading to target, right is positive, in [-180, 180).
+
+    >>> bend(350, 10), bend(10, 350)
+    (20, -20)
+    """
+    return (target - heading + 180) % 360 - 180
+
+
+def relative_word(heading, target, paper_bearings=False):
+    """How to turn from one heading to another, in the four words of the relative rule.
+
+    Up to 45 degrees is slight. paper_bearings: the released code's arithmetic, which does not wrap
+    at 360 degrees; it names a wrong side for a quarter of all pairs of headings.
+
+    >>> relative_word(350, 10), relative_word(350, 10, paper_bearings=True)
+    ('slightly right', 'left')
+    """
+    degrees = target - heading if paper_bearings else bend(heading, target)
+    side = "right" if degrees > 0 else "left"
+    return side if abs(degrees) > 45 else "slightly " + side
+
+
+def all_words(heading, target, paper_bearings=False):
+    """{vocabulary: word} for one turn: the two of the paper, and two more for the backbone.
+
+    >>> all_words(350, 80)
+    {'compass': 'east', 'relative': 'right', 'clock': "3 o'clock", 'arrows': '→'}
+    """
+    degrees = bend(heading, target)
+    return {"compass": compass_word(target),
+            "relative": relative_word(heading, target, paper_bearings),
+            "clock": CLOCK[round(degrees / 30) % 12 - 1], "arrows": ARROWS[round(degrees / 45) % 8]}
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Routes in the released format. `load` is a function from a file's name to its bytes: a folder's
+# (`folder_files`) or a generated city's (`city_files`). The rest of the file knows only that.
+#
+#   route_infos.json              [[route, ...], int]
+#   gps_pano_mapping.pkl          {(latitude, longitude): panorama id}
+#   street_views/ID.jpg           panorama of 360 x 180 degrees
+#   street_views/ID.metadata.json {"rotation": degrees}: the column of heading h is (h + rotation)
+#
+# Of a route we use: start_place.relocated_geocode, init_heading (0: random at each reset),
+# route_results.geocode_list (the N points after the start; the last is the destination), and
+# milestone_info, one text with N blocks: block i has the heading from point i to point i+1 and the
+# landmarks at point i+1.
+# ------------------------------------------------------------------------------------------------
+
+INFOS, MAPPING = "route_infos.json", "gps_pano_mapping.pkl"
+
+
+@dataclass(frozen=True)
+class Route:
+    """One checked route. Lists of points have N + 1 entries, the start first."""
+
+    index: int
+    init_heading: int       # degrees; 0 means random at each reset
+    points: tuple           # (latitude, longitude)
+    panoramas: tuple        # panorama id of each point
+    headings: tuple         # (N,) degrees from point i to point i + 1
+    words: tuple            # (N,) the compass word that the data gives for it
+    landmarks: tuple        # what is to be seen at each point; NOTHING at the start
+    between: tuple          # (N,) panorama ids of the points that the rail may visit on each leg
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, tuples, floats and strings. A pickle that names a class or function is refused:
+    unpickling would import and CALL it, which is how a data file runs code on your machine."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run code")
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("it refers to objects outside the file")
+
+
+def folder_files(folder):
+    """The `load` function of a folder: load(name, limit) gives the first `limit` bytes or all.
+
+    It raises RouteProblem for a file that cannot be read.
+    """
+    def load(name, limit=-1):
+        try:
+            with open(pathlib.Path(folder) / name, "rb") as stream:
+                return stream.read(limit)
+        except OSError as error:
+            raise RouteProblem(f"{folder}/{name}", error.strerror or "cannot be read") from None
+    return load
+
+
+def _load_json(load, name, where):
+    try:
+        return json.loads(load(name))
+    except (ValueError, RecursionError) as error:
+        raise RouteProblem(f"{where}/{name}", f"not valid JSON ({error})") from None
+
+
+def _load_mapping(load, where):
+    """{(latitude, longitude): panorama id} -> coordinates (P, 2) float64 and P ids."""
+    file = f"{where}/{MAPPING}"
+    try:
+        mapping = _PlainUnpickler(io.BytesIO(load(MAPPING))).load()
+    except RouteProblem:
+        raise
+    except Exception as error:      # a damaged pickle can raise nearly anything
+        raise RouteProblem(file, f"refused: {error}") from None
+    if not isinstance(mapping, dict) or not mapping:
+        raise RouteProblem(file, "not a dict of coordinates and panorama ids")
+    for key, value in mapping.items():
+        if not (isinstance(key, tuple) and len(key) == 2 and all(
+                type(k) is float and math.isfinite(k) for k in key) and isinstance(value, str)):
+            raise RouteProblem(file, f"{str(key)[:60]} must be two floats, its value a text")
+        # The id becomes part of a file's name: it must not lead out of the folder.
+        if not re.fullmatch(r"[\w:=-][\w.:=-]{0,99}", value):
+            raise RouteProblem(file, f"{value[:60]!r} is not a panorama id")
+    return np.array(list(mapping)), list(mapping.values())
+
+
+def metres(a, b):
+    """Distance of coordinates (latitude, longitude). a: two floats; b: (..., 2) -> (...).
+
+    The city is flat: one degree of latitude is 111,320 m, of longitude cos(latitude) as much.
+    """
+    north, east = np.moveaxis(np.asarray(b, dtype=np.float64) - np.asarray(a), -1, 0)
+    return 111_320 * np.hypot(north, east * math.cos(math.radians(a[0])))
+
+
+def parse_milestones(text):
+    """The blocks of a route's `milestone_info` as a list of dicts of texts.
+
+    >>> parse_milestones('{\\n"landmarks": "Mill: Bank is on your left",\\n"distance": "9",\\n}\\n')
+    [{'landmarks': 'Mill: Bank is on your left', 'distance': '9'}]
+    """
+    blocks = []
+    for part in text.split("}"):
+        lines = [line.partition(":") for line in part.split("\n") if ":" in line]
+        if lines:
+            blocks.append({key.strip(' \t{"'): value.strip(' \t\r",')
+                           for key, _, value in lines})
+    return blocks
+
+
+class Atlas:
+    """All routes of one place, read and checked.
+
+    load: function from file name to bytes. where: what to call it in messages. pictures: check
+    that every panorama a rail can visit is there (text tasks do not need them).
+    Raises RouteProblem.
+    """
+
+    def __init__(self, load, where, pictures=False):
+        self.load, self.where = load, where
+        self.coordinates, self.ids = _load_mapping(load, where)
+        self._exact = {tuple(c): i for i, c in enumerate(self.coordinates.tolist())}
+        self.infos = _load_json(load, INFOS, where)
+        if not (isinstance(self.infos, list) and self.infos and isinstance(self.infos[0], list)):
+            raise RouteProblem(f"{where}/{INFOS}", "the top level must be [list of routes, number]")
+        if not self.infos[0]:
+            raise RouteProblem(f"{where}/{INFOS}", "there are no routes in it")
+        self.routes = [self._read(i, raw) for i, raw in enumerate(self.infos[0])]
+        self._panorama = functools.lru_cache(maxsize=256)(self._read_panorama)
+        if pictures:        # now, rather than in the middle of a night of training
+            for name, index in self.visited().items():
+                self._files(name, index, peek=True)
+
+    def __len__(self):
+        return len(self.routes)
+
+    def route(self, index):
+        """Route number `index`. Raises RouteProblem if there is none."""
+        if not 0 <= index < len(self.routes):
+            raise RouteProblem(f"{self.where}/{INFOS}",
+                               f"out of range, there are routes 0 to {len(self) - 1}", index)
+        return self.routes[index]
+
+    def _read(self, index, raw):
+        """Check one route of the JSON file and snap it to panoramas. Returns a Route."""
+        def problem(what):
+            return RouteProblem(f"{self.where}/{INFOS}", what, index)
+
+        try:
+            results = raw["route_results"]
+            points = [raw["start_place"]["relocated_geocode"], *results["geocode_list"]]
+            points = [(float(latitude), float(longitude)) for latitude, longitude in points]
+            text, heading = raw["milestone_info"], int(raw.get("init_heading", 0))
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            kind = "missing field" if isinstance(error, KeyError) else "wrong type:"
+            raise problem(f"{kind} {error}") from None
+        if not all(map(math.isfinite, sum(points, ()))):
+            raise problem("a coordinate is not a finite number")
+        if len(points) < 2:
+            raise problem("geocode_list is empty")
+        blocks = parse_milestones(text) if isinstance(text, str) else []
+        if not blocks:
+            raise problem("milestone_info is empty")
+        if len(blocks) != len(points) - 1:
+            raise problem(f"milestone_info has {len(blocks)} blocks for {len(points) - 1} points")
+        headings, words, landmarks = [], [], [NOTHING]
+        for block in blocks:
+            given = block.get("to_next_intersection_heading", "")
+            match = re.fullmatch(r"(-?\d{1,4})(?:\.\d+)? *\((\w+)\)", given)
+            if not match:
+                raise problem(f"cannot read the heading {given[:40]!r}, expected '298 (northwest)'")
+            if match.group(2) not in COMPASS:
+                raise problem(f"unknown heading word {match.group(2)[:40]!r}")
+            headings.append(int(match.group(1)) % 360)
+            words.append(match.group(2))
+            seen = " ".join(block.get("landmarks", "").split()).rstrip(".")
+            landmarks.append(NOTHING if not seen or seen.lower().startswith("no landmark")
+                             else seen)
+        places = [self._nearest(point) for point in points]
+        if None in places:
+            point = points[places.index(None)]
+            raise problem(f"no panorama within {REACH:.0f} m of {point} in {MAPPING}")
+        points = [tuple(self.coordinates[i].tolist()) for i in places]
+        return Route(index, heading % 360, tuple(points), tuple(self.ids[i] for i in places),
+                     tuple(headings), tuple(words), tuple(landmarks),
+                     tuple(map(self._between, points, points[1:])))
+
+    def _nearest(self, point):
+        """Index of the panorama at a coordinate: the exact key, else the nearest within REACH."""
+        if point in self._exact:
+            return self._exact[point]
+        away = metres(point, self.coordinates)
+        best = int(away.argmin())
+        return best if away[best] < REACH else None
+
+    def _between(self, start, end):
+        """Panorama ids on a leg, before any is dropped: the rail as the released code lays it."""
+        found = []
+        if metres(start, end) > SHORT_LEG:
+            for i in range(1, POINTS_BETWEEN + 1):
+                share = i / POINTS_BETWEEN
+                at = self._nearest(tuple(a + (b - a) * share for a, b in zip(start, end)))
+                if at is None or self.ids[at] in found:     # the same spot twice is no step forward
+                    continue
+                here = self.coordinates[at]
+                if min(metres(start, here), metres(end, here)) > NEAR_END:
+                    found.append(self.ids[at])
+        return tuple(found)
+
+    def visited(self):
+        """{panorama id: number of a route that can visit it}."""
+        return {name: route.index for route in reversed(self.routes)
+                for name in route.panoramas + sum(route.between, ())}
+
+    def panorama(self, name, route=None):
+        """(pixels (H, W, 3) uint8, rotation in degrees) of a panorama. Raises RouteProblem."""
+        return self._panorama(name, route)
+
+    def _files(self, name, route, peek=False):
+        """(bytes of the picture, rotation). peek: only the first bytes of the picture."""
+        file = f"{self.where}/street_views/{name}"
+        try:
+            rotation = json.loads(self.load(f"street_views/{name}.metadata.json"))["rotation"]
+            if isinstance(rotation, bool) or not math.isfinite(rotation):
+                raise ValueError
+            return self.load(f"street_views/{name}.jpg", *([2] if peek else [])), float(rotation)
+        except RouteProblem as error:
+            raise RouteProblem(error.file, error.what, route) from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise RouteProblem(f"{file}.metadata.json", "it gives no rotation", route) from None
+
+    def _read_panorama(self, name, route):
+        data, rotation = self._files(name, route)
+        try:
+            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), rotation
+        except Exception as error:      # a damaged picture, too, can raise nearly anything
+            raise RouteProblem(f"{self.where}/street_views/{name}.jpg", f"not a picture ({error})",
+                               route) from None
+
+
+@functools.lru_cache(maxsize=64)
+def open_atlas(where, pictures=False):
+    """The Atlas of a generated city (its name), or of a folder in the released format (its path).
+
+    Raises RouteProblem.
+    """
+    if look_of(where):
+        return Atlas(city_files(where), where)
+    if not (pathlib.Path(where) / INFOS).exists():
+        raise RouteProblem(f"{where}/{INFOS}", "no such file, and no generated city of that name "
+                           f"({', '.join(CITIES)})")
+    return Atlas(folder_files(where), str(where), pictures)
+
+
+@functools.lru_cache(maxsize=64)
+def split_routes(count, split):
+    """Numbers of the routes in a split: 70 % train, 10 % val, 20 % test of `count`, by a fixed seed.
+
+    "all" is the paper's setting: no route is held out. Raises RouteProblem if none is left.
+    """
+    order = np.random.default_rng(24).permutation(count).tolist()
+    test, val = count // 5, count // 10
+    found = {"test": order[:test], "val": order[test:test + val], "train": order[test + val:],
+             "all": range(count)}[split]
+    if not found:
+        raise RouteProblem(INFOS, f"{count} routes are too few for a {split} split; use --split all")
+    return sorted(found)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. The rail: the positions that an episode visits
+# ------------------------------------------------------------------------------------------------
+
+KINDS = ("first turn", "later turn", "forward", "stop")     # the paper's action types, turns apart
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place on the rail, what is to be seen there, and what is to be done."""
+
+    kind: str               # one of KINDS
+    panorama: str
+    heading: int            # where the walker faces on arrival
+    observation: str        # what is there, in words
+    step: int               # which of the 2 N written steps is to be followed, from 0
+    leg: int                # for turns: which of the N headings is next
+
+
+def lay_rail(route, heading, rng, drop=DROP):
+    """The positions of one walk, from the first turn to stop(). heading: at the start, degrees.
+
+    A route of N = 2 points after the start; points along the way in brackets:
+
+        start    ( p  p )    crossing    ( p )    destination
+        turn      forward      turn     forward      stop
+        step 0    step 1      step 2    step 3      step 3
+    """
+    rail = [Position("first turn", route.panoramas[0], heading, route.landmarks[0], 0, 0)]
+    for leg, heading in enumerate(route.headings):
+        kept = rng.random(len(route.between[leg])) >= drop
+        rail += [Position("forward", name, heading, NOTHING, 2 * leg + 1, leg)
+                 for name, keep in zip(route.between[leg], kept) if keep]
+        last = leg + 1 == len(route.headings)
+        # As in the released code the intersection is announced at every point, the last included.
+        rail.append(Position("stop" if last else "later turn", route.panoramas[leg + 1], heading,
+                             route.landmarks[leg + 1] + CROSSING,
+                             2 * leg + (1 if last else 2), leg + 1))
+    return rail
+
+
+def write_steps(route, heading, paper_bearings=False, turn=TURN, on=ON, arrive=ARRIVE):
+    """The 2 N written steps of a route, each with its line end, for a walker facing `heading`."""
+    steps = []
+    for leg, target in enumerate(route.headings):
+        words = all_words(heading, target, paper_bearings) | {"compass": route.words[leg]}
+        go = arrive if leg + 1 == len(route.headings) else on
+        steps.append(turn.format(n=2 * leg + 1, **words))
+        steps.append(go.format(n=2 * leg + 2, landmarks=route.landmarks[leg + 1]))
+        heading = target
+    return steps
+
+
+def write_space(vocabulary, template=SPACE, moves=MOVES):
+    """The sentence that lists the legal actions. vocabulary: a key of VOCABULARIES."""
+    return template.format(go=moves[0], turn=moves[1].format(x="x"), stop=moves[2],
+                           words=", ".join(VOCABULARIES[vocabulary]))
+
+
+def right_action(route, position, vocabulary, paper_bearings=False, moves=MOVES):
+    """The expert's action. vocabulary: a key of VOCABULARIES; moves: how actions are written."""
+    if position.kind == "forward":
+        return moves[0]
+    if position.kind == "stop":
+        return moves[2]
+    words = all_words(position.heading, route.headings[position.leg], paper_bearings)
+    return moves[1].format(x=(words | {"compass": route.words[position.leg]})[vocabulary])
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Views
+# ------------------------------------------------------------------------------------------------
+
+SIDES = (("front", 0), ("right", 90), ("back", 180), ("left", 270))     # reading order, 2 x 2
+
+
+@functools.lru_cache(maxsize=16)
+def _view_rays(width, height, fov):
+    """Direction of each pixel of a view: (bearing to the middle, elevation), (h, w) degrees each.
+
+    The picture plane stands at distance f in front of the eye, f = (width / 2) / tan(fov / 2).
+    """
+    focal = width / 2 / math.tan(math.radians(fov) / 2)
+    x = (np.arange(width) + 0.5 - width / 2)[None, :] / focal
+    y = (height / 2 - np.arange(height) - 0.5)[:, None] / focal
+    return np.degrees(np.arctan(x)) + 0 * y, np.degrees(np.arctan2(y, np.hypot(1, x)))
+
+
+def view(pixels, rotation, heading, width, height, fov=90):
+    """What a walker sees who faces `heading`: a perspective crop of a panorama.
+
+    pixels (H, W, 3) uint8, 360 x 180 degrees; rotation as in the metadata. width, height: of the
+    view, with square pixels; fov: horizontal field of view, degrees.
+    Returns (height, width, 3) uint8. Rays are averaged where the panorama is finer than the view.
+    """
+    finer = max(1, min(4, round(pixels.shape[1] * fov / 360 / width)))
+    bearing, elevation = _view_rays(width * finer, height * finer, fov)
+    # invariant: the middle of the view is the panorama's column (heading + rotation) / 360 * W
+    column = (bearing + heading + rotation) / 360 * pixels.shape[1] - 0.5
+    row = np.clip((0.5 - elevation / 180) * pixels.shape[0] - 0.5, 0, pixels.shape[0] - 1)
+    left, top = np.floor(column).astype(int), np.floor(row).astype(int)
+    right, down = (column - left)[..., None], (row - top)[..., None]
+    below = np.minimum(top + 1, pixels.shape[0] - 1)
+    columns = [left % pixels.shape[1], (left + 1) % pixels.shape[1]]        # the panorama is a ring
+    upper, lower = ((1 - right) * pixels[r, columns[0]] + right * pixels[r, columns[1]]
+                    for r in (top, below))
+    fine = (1 - down) * upper + down * lower
+    coarse = fine.reshape(height, finer, width, finer, 3).mean(axis=(1, 3))
+    return np.round(coarse).astype(np.uint8)
+
+
+def four_views(pixels, rotation, heading, size):
+    """The picture of V-IRL-VL: front, right / back, left. size: (width, height), both even.
+
+    Returns a PIL image. The paper's is about 2400 x 2400; the small backbone sees 128 x 64.
+    """
+    width, height = size[0] // 2, size[1] // 2
+    front, right, back, left = (view(pixels, rotation, heading + turn, width, height)
+                                for _, turn in SIDES)
+    return Image.fromarray(np.vstack([np.hstack([front, right]), np.hstack([back, left])]))
+
+
+# ------------------------------------------------------------------------------------------------
+# 4, 6 to 8. Prompt, expert, environment
+# ------------------------------------------------------------------------------------------------
+
+
+def write_prompt(steps, space, past, position, picture, template=PROMPT, ask=ASK, keys=KEYS,
+                 history=(PAST, NOW)):
+    """The first user turn at a position.
+
+    steps: from write_steps. space: the sentence on legal actions. past: [(observation, action)] of
+    the positions before; as in the paper it tells what really was there and what the expert did.
+    picture: the present is to be seen in a picture, so it is not told (the intersection is).
+    """
+    seen = position.observation
+    if picture:
+        seen = PICTURE + (CROSSING if position.observation.endswith(CROSSING) else "")
+    walk = [history[0].format(k=k, seen=s, action=a) for k, (s, a) in enumerate(past, 1)]
+    walk.append(history[1].format(k=len(past) + 1, seen=seen))
+    return template.format(steps="".join(steps), view=VIEW if picture else "", space=space,
+                           walk="".join(walk), ask=ask.format(**dict(zip("oia", keys))))
+
+
+def write_answer(seen, step, action, template=ANSWER, keys=KEYS):
+    """An answer in some notation; by default the one the verifier reads, and SFT teaches."""
+    return template.format(seen=seen, step=step, action=action, **dict(zip("oia", keys)))
+
+
+class Navigation:
+    """One walk at a time, with the calls of a Gymnasium environment (and without the dependency).
+
+    >>> env = Navigation("Alder")
+    >>> observation, info = env.reset(seed=0)
+    >>> observation, reward, terminated, truncated, info = env.step(env.expert_answer())
+    >>> reward, observation["new_conversation"], info["kind"]
+    (1.0, True, 'first turn')
+
+    where: a generated city, a folder in the released format, or an Atlas. rule: a key of RULES.
+    split: "train", "val", "test" or "all". picture: (width, height) of the 2 x 2 picture, or None
+    for text. go_on: after the last failed try the rail goes on with the expert's action, and the
+    episode ends at the destination: accuracy by kind of action, not of the first turn alone (in the
+    paper's setting a walk ends at the first position missed, and the first is always a turn).
+    Raises RouteProblem for data that cannot be used.
+
+    An observation is a dict: "text", the next user turn; "image", a PIL image or None;
+    "new_conversation", True if everything said before is to be forgotten.
+    """
+
+    def __init__(self, where="Alder", rule="absolute", split="train", picture=None, tries=TRIES,
+                 go_on=False, paper_bearings=False, drop=DROP):
+        self.atlas = where if isinstance(where, Atlas) else open_atlas(where, picture is not None)
+        self.rule, self.vocabulary = rule, RULES[rule]
+        self.picture, self.tries, self.go_on = picture, tries, go_on
+        self.paper_bearings, self.drop = paper_bearings, drop
+        self.numbers = split_routes(len(self.atlas), split)
+        self.rail = None
+
+    def reset(self, seed, route=None, position=0):
+        """Start walk number `seed` (an int or a list of ints). Returns (observation, info).
+
+        The seed draws the route (unless `route` gives its number), the heading, and the rail.
+        position: start there, with the expert's walk so far in the prompt; a float in [0, 1) is a
+        share of the rail.
+        """
+        rng = np.random.default_rng(seed)
+        drawn = self.numbers[rng.integers(len(self.numbers))]
+        self.route = self.atlas.route(drawn if route is None else route)
+        heading = self.route.init_heading or int(rng.integers(360))
+        self.rail = lay_rail(self.route, heading, rng, self.drop)
+        self.steps = write_steps(self.route, heading, self.paper_bearings)
+        self.at, self.used, self.missed, self.past = 0, 0, 0, []
+        if isinstance(position, float):
+            position = int(position * len(self.rail))
+        while self.at < position:
+            self._move_on()
+        return self._arrive(), self._info()
+
+    @property
+    def position(self):
+        """Where the walker stands."""
+        return self.rail[self.at]
+
+    def expert_action(self):
+        """The action to take at this position, under the rule in force."""
+        return right_action(self.route, self.position, self.vocabulary, self.paper_bearings)
+
+    def expert_answer(self):
+        """The whole answer that SFT teaches for this position."""
+        return write_answer(self.position.observation, self.steps[self.position.step].strip(),
+                            self.expert_action())
+
+    def step(self, text):
+        """Judge one answer. Returns (observation, reward, terminated, truncated, info).
+
+        terminated: stop() was done right (or, with go_on, the walk is over). truncated: the tries
+        at this position are used up; the walk could have gone on, but not for this agent.
+        info describes the position that was judged: "kind", "try" (from 1), "correct", "verdict",
+        "route", "position" (from 0), "success" (no position was missed up to here, this included).
+        """
+        if self.rail is None:
+            raise RuntimeError("call reset() before step()")
+        action = self.expert_action()
+        verdict = verify_virl(text, action, self.position.observation,
+                              VOCABULARIES[self.vocabulary])
+        self.used += 1
+        info = self._info(verdict)
+        failed = not verdict.correct and self.used >= self.tries
+        reward = verdict.reward + (VIRL_REWARDS["out of tries"] if failed else 0.0)
+        self.missed += failed
+        info["success"] = not self.missed
+        moves_on = verdict.correct or failed and self.go_on
+        terminated = moves_on and self.position.kind == "stop"
+        truncated = failed and not self.go_on
+        if terminated or truncated or not moves_on:
+            text = verdict.message if terminated else RETRY.format(message=verdict.message)
+            observation = {"text": text, "image": None, "new_conversation": False}
+            return observation, reward, terminated, truncated, info
+        self._move_on()
+        return self._arrive(), reward, False, False, info
+
+    def _move_on(self):
+        self.past.append((self.position.observation, self.expert_action()))
+        self.at, self.used = self.at + 1, 0
+
+    def _info(self, verdict=None):
+        return {"route": self.route.index, "position": self.at, "kind": self.position.kind,
+                "try": self.used, "verdict": verdict, "correct": bool(verdict and verdict.correct),
+                "success": not self.missed}
+
+    def _arrive(self):
+        image = None
+        if self.picture:
+            image = four_views(*self.atlas.panorama(self.position.panorama, self.route.index),
+                               self.position.heading, self.picture)
+        text = write_prompt(self.steps, write_space(self.vocabulary), self.past, self.position,
+                            bool(self.picture))
+        return {"text": text, "image": image, "new_conversation": True}
+
+
+# ------------------------------------------------------------------------------------------------
+# A city of its own. `city_files` is a `load` function like a folder's: the same reading code, the
+# same episodes, whether or not the city was ever written to disk.
+#
+#   a. corners: points of a bent lattice, shifted at random
+#   b. streets: the Gabriel graph (join two points if no third lies in the circle between them): it
+#      is planar and connected; then take out streets that meet at a sharp angle
+#   c. places: named, of a dozen kinds, on the house fronts; some names are chains
+#   d. routes: walks over 2 to 8 corners that bend at each, ending in sight of a place
+# ------------------------------------------------------------------------------------------------
+
+BLOCK, HALF_STREET, FRONT, STOREY, EYE = 78.0, 7.0, 9.0, 3.2, 2.2       # metres
+PANORAMA_EVERY, SIGHT = 10.0, 30.0                                      # metres
+KIND_NAMES = ("Bakery", "Bank", "Cafe", "Pharmacy", "School", "Museum", "Hotel", "Cinema",
+              "Bookshop", "Station", "Market", "Clinic")
+# sky above, sky at the horizon, light on houses, light on the ground, metres to half haze, share of
+# windows that are lit
+WEATHERS = {
+    "sunny": ((70, 130, 205), (190, 215, 235), (1.0, 1.0, 0.95), (1.0, 1.0, 1.0), 400, 0.0),
+    "overcast": ((150, 155, 162), (205, 207, 210), (0.8, 0.82, 0.86), (0.8, 0.8, 0.85), 220, 0.1),
+    "fog": ((205, 208, 210), (222, 224, 225), (0.85, 0.87, 0.9), (0.9, 0.9, 0.9), 45, 0.2),
+    "dusk": ((60, 50, 110), (240, 150, 95), (0.85, 0.62, 0.55), (0.6, 0.5, 0.55), 260, 0.5),
+    "night": ((10, 12, 34), (44, 46, 78), (0.42, 0.44, 0.58), (0.5, 0.52, 0.64), 170, 0.6),
+    "snow": ((190, 200, 214), (228, 233, 240), (0.9, 0.94, 1.0), (2.0, 2.05, 2.1), 150, 0.15),
+    "dust": ((200, 160, 105), (228, 196, 146), (1.0, 0.84, 0.62), (1.15, 0.95, 0.7), 90, 0.0),
+    "rain": ((88, 98, 110), (140, 150, 158), (0.62, 0.68, 0.74), (0.5, 0.55, 0.65), 110, 0.35),
+}
+SIGNS = ("plate", "frame", "banner", "oval", "neon")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What makes a city look like itself."""
+
+    seed: int
+    plan: str               # "grid", "bricks", "rings" or "loose"
+    hue: float              # of the houses, 0..1, with their saturation and brightness
+    saturation: float
+    brightness: float
+    sign: str               # one of SIGNS
+    weather: str            # a key of WEATHERS
+    words: tuple            # first words of the names of its places
+    routes: int
+
+
+def _look(seed, plan, hue, saturation, brightness, sign, weather, words, routes=120):
+    return Look(seed, plan, hue, saturation, brightness, sign, weather, tuple(words.split()),
+                routes)
+
+
+CITIES = {
+    "Alder": _look(1, "grid", 0.06, 0.45, 0.72, "plate", "sunny", "Heron Maple Copper Lantern "
+                   "Harbor Willow Falcon Juniper Granite Orchard Sparrow Beacon", 1000),
+    "Brim": _look(2, "bricks", 0.12, 0.55, 0.85, "oval", "dust", "Saffron Camel Oasis Jasmine Palm "
+                  "Minaret Cumin Lotus Ivory Sandal Peacock Mango"),
+    "Calla": _look(3, "rings", 0.58, 0.18, 0.8, "frame", "snow", "Fjord Birch Reindeer Amber Polar "
+                   "Aurora Spruce Walrus Glacier Icicle Elk Cinder"),
+    "Dorn": _look(4, "loose", 0.02, 0.6, 0.5, "banner", "rain", "Thistle Raven Anchor Crown Foxglove "
+                  "Castle Mill Abbey Badger Bishop Clover Dover"),
+    "Esker": _look(5, "grid", 0.33, 0.3, 0.6, "neon", "night", "Dragon Jade Bamboo Lotusleaf Silk "
+                   "Crane Pearl Tiger Ginger Phoenix Lychee Orchid"),
+    "Fenn": _look(6, "bricks", 0.09, 0.1, 0.9, "frame", "fog", "Gondola Fresco Olive Basil Duomo "
+                  "Lira Viola Marble Cypress Tuscan Roma Corso"),
+    "Gale": _look(7, "rings", 0.92, 0.4, 0.78, "oval", "dusk", "Tango Pampas Gaucho Malbec Condor "
+                  "Plata Andes Bolero Cactus Puma Mate Sierra"),
+    "Hollis": _look(8, "loose", 0.5, 0.45, 0.75, "plate", "overcast", "Koala Reef Wattle Banksia "
+                    "Possum Yarra Lagoon Surf Emu Opal Boomer Coral"),
+    "Istra": _look(9, "grid", 0.78, 0.25, 0.82, "banner", "sunny", "Cable Redwood Pier Prairie Gold "
+                   "Sunset Dolphin Cypher Vista Mesa Canyon Pacific"),
+    "Juno": _look(10, "bricks", 0.2, 0.7, 0.72, "neon", "dust", "Baobab Drum Cocoa Kola Savanna "
+                  "Zebra Marula Lagos Cassava Ebony Acacia Gazelle"),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def look_of(name):
+    """The Look of a city of CITIES, or of "wild-N", drawn from the number N; None for other names.
+
+    Wild cities are what the small backbone has seen of the world: words of every city, any
+    weather and any signs, but not the ten cities themselves.
+    """
+    match = re.fullmatch(r"wild-(\d{1,6})", str(name))
+    if not match:
+        return CITIES.get(name)
+    rng = np.random.default_rng([9, int(match.group(1))])
+    pool = sorted({word for look in CITIES.values() for word in look.words})
+    return Look(1000 + int(match.group(1)), ("grid", "bricks", "rings", "loose")[rng.integers(4)],
+                float(rng.random()), float(rng.uniform(0.1, 0.7)), float(rng.uniform(0.5, 0.9)),
+                SIGNS[rng.integers(len(SIGNS))], sorted(WEATHERS)[rng.integers(len(WEATHERS))],
+                tuple(rng.choice(pool, 24, replace=False).tolist()), 300)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A shop or the like, on a house front."""
+
+    name: str
+    kind: int               # index in KIND_NAMES
+    at: np.ndarray          # (2,) metres
+
+
+@dataclass
+class City:
+    """Streets and places of a generated city. All positions in metres."""
+
+    look: Look
+    corners: np.ndarray     # (C, 2)
+    streets: np.ndarray     # (S, 2) int, indices of corners
+    spots: np.ndarray       # (P, 2) where panoramas stand; the first C are the corners
+    places: list
+
+    def __post_init__(self):
+        self.start = self.corners[self.streets[:, 0]]                   # (S, 2)
+        along = self.corners[self.streets[:, 1]] - self.start
+        self.length = np.hypot(*along.T)                                # (S,)
+        self.along = along / self.length[:, None]                       # (S, 2) unit vectors
+        self.across = self.along[:, ::-1] * (1, -1)                     # to the right of `along`
+
+
+def _lattice(plan, rng):
+    """Corners before streets, (C, 2) metres."""
+    if plan == "loose":
+        chosen = []
+        for point in rng.uniform(-4.3 * BLOCK, 4.3 * BLOCK, size=(2000, 2)):
+            if all(math.dist(point, other) > 0.72 * BLOCK for other in chosen):
+                chosen.append(point)
+        return np.array(chosen)
+    if plan == "rings":
+        return np.array([(ring * BLOCK * math.sin(2 * math.pi * i / n),
+                          ring * BLOCK * math.cos(2 * math.pi * i / n))
+                         for ring in range(5) for n in [max(1, 6 * ring)] for i in range(n)])
+    column, row = np.meshgrid(np.arange(9.0) - 4, np.arange(8.0) - 3.5)
+    if plan == "bricks":
+        column += 0.5 * (row % 2 > 0.9)
+    column, row = column + 0.35 * np.sin(row), row + 0.35 * np.sin(1.3 * column)
+    return BLOCK * np.stack([column.ravel(), row.ravel()], axis=1)
+
+
+def _streets(corners):
+    """The Gabriel graph without its sharp angles. corners (C, 2) -> (S, 2) int."""
+    square = ((corners[:, None] - corners[None]) ** 2).sum(-1)          # (C, C)
+    # c lies in the circle over the diameter ab  <=>  |ac|^2 + |bc|^2 < |ab|^2. The 1.35 makes the
+    # circle a little larger: four corners of a square keep their sides and lose both diagonals.
+    third = square[:, None, :] + square[None, :, :] + 1e9 * (np.eye(len(square))[:, None] +
+                                                             np.eye(len(square))[None])
+    clear = (third >= 1.35 * square[:, :, None]).all(-1)
+    pairs = [(a, b) for a, b in np.argwhere(clear) if a < b and square[a, b] < (1.7 * BLOCK) ** 2]
+    kept = []
+    for a, b in sorted(pairs, key=lambda pair: square[pair]):           # short streets first
+        for one, two in kept:
+            for here, there in ((a, b), (b, a)):
+                if here in (one, two):
+                    other = two if here == one else one
+                    u, v = corners[there] - corners[here], corners[other] - corners[here]
+                    if u @ v > math.cos(math.radians(42)) * np.hypot(*u) * np.hypot(*v):
+                        break
+            else:
+                continue
+            break
+        else:
+            kept.append((a, b))
+    return np.array(kept)
+
+
+@functools.lru_cache(maxsize=16)
+def build_city(name):
+    """The City of a name of CITIES, or wild-N. Deterministic."""
+    look = look_of(name)
+    rng = np.random.default_rng([6, look.seed])
+    corners = _lattice(look.plan, rng)
+    corners = corners + rng.normal(0, 0.12 * BLOCK, corners.shape)
+    turn = rng.uniform(0, math.pi / 2)
+    corners = corners @ np.array([[math.cos(turn), -math.sin(turn)],
+                                  [math.sin(turn), math.cos(turn)]])
+    city = City(look, corners, _streets(corners), corners, [])
+    spots, chains = [corners], [f"{word} {KIND_NAMES[rng.integers(12)]}"
+                                for word in rng.choice(look.words, 3, replace=False)]
+    for start, along, across, length in zip(city.start, city.along, city.across, city.length):
+        steps = max(1, round(length / PANORAMA_EVERY))
+        spots.append(start + along * (np.arange(1, steps) * length / steps)[:, None])
+        for side in (-1, 1):
+            s = FRONT + 2 + rng.uniform(0, 70)
+            while s < length - FRONT - 2:
+                chain = rng.random() < 0.2
+                kind = int(rng.integers(12))
+                label = f"{look.words[rng.integers(len(look.words))]} {KIND_NAMES[kind]}"
+                if chain:       # branches of a chain: the same name at many corners
+                    label = chains[rng.integers(3)]
+                    kind = KIND_NAMES.index(label.split()[1])
+                city.places.append(Place(label, kind,
+                                         start + along * s + across * side * (HALF_STREET - 0.3)))
+                s += rng.uniform(28, 190)
+    city.spots = np.concatenate(spots)
+    return city
+
+
+def cast(city, spot, bearings):
+    """How far one can see along each bearing before a house front is in the way.
+
+    spot (2,) metres, bearings (W,) radians. Open space is the union of the streets (bands of
+    HALF_STREET to both sides) and of a disc around each corner. On each ray every band or disc is
+    one interval; from the spot, follow intervals as long as the next begins before the last ends.
+    Returns distance (W,) metres and, for the front hit: owner (W,) int (a street, or S + a corner),
+    and metres along that front (W,), negative on the left side of a street.
+    """
+    ray = np.stack([np.sin(bearings), np.cos(bearings)])                # (2, W)
+    near = np.flatnonzero(_street_distance(city, spot) < 160)
+    offset = spot - city.start[near]
+    a, b = (offset * city.along[near]).sum(1)[:, None], (offset * city.across[near]).sum(1)[:, None]
+    da, db = city.along[near] @ ray, city.across[near] @ ray            # (S, W)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ends = np.stack([-a / da, (city.length[near, None] - a) / da])
+        sides = np.stack([(-HALF_STREET - b) / db, (HALF_STREET - b) / db])
+    enter = np.maximum(ends.min(0), sides.min(0))
+    leave = np.minimum(ends.max(0), sides.max(0))
+    discs = np.unique(city.streets[near])
+    to = city.corners[discs] - spot                                     # (C, 2)
+    middle = to @ ray                                                   # (C, W)
+    half = FRONT ** 2 - ((to ** 2).sum(1)[:, None] - middle ** 2)
+    half = np.where(half > 0, np.sqrt(np.maximum(half, 0)), -np.inf)
+    enter = np.concatenate([enter, middle - half])
+    leave = np.concatenate([leave, middle + half])
+    owners = np.concatenate([near, len(city.streets) + discs])
+    leave[~(enter < leave)] = -1
+    order = np.argsort(np.where(leave > 0, enter, np.inf), axis=0)
+    distance, owner = np.full(len(bearings), 0.5), np.zeros(len(bearings), dtype=int)
+    for rank in order:
+        column = np.arange(len(bearings))
+        longer = (enter[rank, column] <= distance + 0.01) & (leave[rank, column] > distance)
+        distance = np.where(longer, leave[rank, column], distance)
+        owner = np.where(longer, rank, owner)
+    hit = spot[:, None] + ray * distance                                # (2, W)
+    owner = owners[owner]
+    street = np.minimum(owner, len(city.streets) - 1)
+    along = ((hit.T - city.start[street]) * city.along[street]).sum(1)
+    side = np.sign(((hit.T - city.start[street]) * city.across[street]).sum(1))
+    corner = np.maximum(owner - len(city.streets), 0)
+    around = np.arctan2(*(hit - city.corners[corner].T)) * FRONT
+    return distance, owner, np.where(owner < len(city.streets), (along + 500) * side, around + 900)
+
+
+def _street_distance(city, points):
+    """Metres from points (..., 2) to the middle line of each street, (..., S)."""
+    offset = points[..., None, :] - city.start
+    along = np.clip((offset * city.along).sum(-1), 0, city.length)
+    return np.hypot(*np.moveaxis(offset - along[..., None] * city.along, -1, 0))
+
+
+def _in_sight(city, spot, reach):
+    """[(metres, bearing in degrees, place)] of the places that can be seen, nearest first."""
+    at = np.array([place.at for place in city.places]) - spot           # (places, 2)
+    away = np.hypot(*at.T)
+    near = np.flatnonzero(away < reach)
+    bearings = np.arctan2(at[near, 0], at[near, 1])
+    open_to = cast(city, spot, bearings)[0]
+    return sorted(((float(away[i]), float(np.degrees(b)) % 360, city.places[i])
+                   for i, b, d in zip(near, bearings, open_to) if d > away[i] - 1.5),
+                  key=lambda seen: seen[0])
+
+
+def _spatial(heading, bearing):
+    """On which side something is for a walker facing `heading`."""
+    return SIDES[round(bend(heading, bearing) / 90) % 4][0]
+
+
+def _routes(name):
+    """The routes of a generated city as the released JSON has them."""
+    city, look = build_city(name), look_of(name)
+    rng = np.random.default_rng([7, look.seed])
+    near = [[] for _ in city.corners]
+    for a, b in city.streets.tolist():
+        near[a].append(b)
+        near[b].append(a)
+    sights = [_in_sight(city, corner, SIGHT) for corner in city.corners]
+
+    def heading(a, b):
+        return round(math.degrees(math.atan2(*(np.asarray(b) - a)))) % 360
+
+    def geocode(point):     # the city lies at sea, 40 degrees north
+        return [round(40 + float(point[1]) / 111_320, 7),
+                round(-30 + float(point[0]) / (111_320 * math.cos(math.radians(40))), 7)]
+
+    made, known = [], set()
+    while len(made) < look.routes:
+        wanted, walk = int(rng.integers(2, 9)), [int(rng.integers(len(near)))]
+        while len(walk) <= wanted:      # walk[0] is the corner behind the start
+            here = walk[-1]
+            onward = [there for there in near[here] if there not in walk and len(near[there]) > 2]
+            if len(walk) > 1:           # every corner is a real turn
+                came = heading(city.corners[walk[-2]], city.corners[here])
+                onward = [t for t in onward if 24 <= abs(bend(
+                    came, heading(city.corners[here], city.corners[t]))) <= 156]
+            if not onward:
+                break
+            walk.append(onward[rng.integers(len(onward))])
+        if len(walk) <= wanted or not sights[walk[-1]] or tuple(walk) in known:
+            continue
+        known.add(tuple(walk))
+        away = np.hypot(*(city.spots - city.corners[walk[0]]).T)
+        first = city.corners[walk[1]] - city.corners[walk[0]]
+        on_street = np.abs((city.spots - city.corners[walk[0]]) @ (first[::-1] * (1, -1)))
+        on_street = on_street < 1.0 * np.hypot(*first)
+        ahead = (city.spots - city.corners[walk[0]]) @ first > 0
+        choice = np.flatnonzero(on_street & ahead & (away < 0.7 * np.hypot(*first)))
+        if not len(choice):
+            continue
+        start = city.spots[choice[rng.integers(len(choice))]]
+        points = [start] + [city.corners[i] for i in walk[1:]]
+        blocks, landmarks = [], []
+        faces = 0
+        for i, (a, b) in enumerate(zip(points, points[1:])):
+            last, goes = i + 2 == len(points), heading(a, b)
+            seen = sights[walk[i + 1]]
+            landmarks.append(None)
+            text = "No landmark nearby"
+            if seen:
+                text = f"{seen[0][2].name} is on your {_spatial(goes, seen[0][1])}"
+                landmarks[-1] = {"name": seen[0][2].name, "geocode": geocode(seen[0][2].at),
+                                 "place_types": [KIND_NAMES[seen[0][2].kind].lower()]}
+            blocks.append(f'\n{{\n"intersection_idx": "{i + 1}",\n'
+                          f'"landmarks": "{"The destination " if last else ""}{text}",\n'
+                          f'"distance": "{math.dist(a, b):.0f} meters",\n'
+                          f'"human_heading": "{faces}",\n'
+                          f'"to_next_intersection_heading": "{goes} ({compass_word(goes)})",\n}}\n')
+            faces = goes
+        legs = [round(math.dist(a, b)) for a, b in zip(points, points[1:])]
+        made.append({
+            "start_place": {"name": "start", "geocode": geocode(start),
+                            "relocated_geocode": geocode(start)},
+            "dest_place": landmarks[-1] | {"relocated_geocode": geocode(points[-1])},
+            "route_results": {"geocode_list": [geocode(p) for p in points[1:]],
+                              "landmark_list": landmarks[:-1], "distance_list": legs,
+                              "distance": sum(legs), "n_landmarks": len(points) - 2},
+            "init_heading": 0, "instruction": "", "milestone_info": "".join(blocks)})
+    mapping = {tuple(geocode(spot)): f"{name}-{i:04d}" for i, spot in enumerate(city.spots)}
+    return [made, len(made)], mapping
+
+
+# Drawing -----------------------------------------------------------------------------------------
+
+
+def _hash(*numbers):
+    """A number in [0, 1) from integer arrays: the same house looks the same from everywhere."""
+    value = np.zeros((), dtype=np.uint32)
+    for number in numbers:
+        value = (value ^ np.asarray(number).astype(np.int64).astype(np.uint32)) * np.uint32(
+            2654435761)
+        value = value ^ (value >> np.uint32(15))
+    return (value & np.uint32(0xFFFF)) / 65536.0
+
+
+@functools.lru_cache(maxsize=512)
+def _sign(name, kind, style):
+    """The sign of a place, (h, w, 4) uint8. Its colour tells the kind, its shape the city."""
+    colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(kind / 12, 0.9 - 0.35 * (kind % 2),
+                                                             0.85 - 0.25 * (kind % 3 == 2)))
+    size = (96, 128) if style == "banner" else (192, 76)
+    plate, ink = {"frame": ((246, 244, 236), colour), "neon": ((16, 16, 22), colour)}.get(
+        style, (colour, (255, 255, 255)))
+    image = Image.new("RGBA", size, (0, 0, 0, 0))
+    draw = ImageDraw.Draw(image)
+    box = (0, 0, size[0] - 1, size[1] - 1)
+    if style == "oval":
+        draw.ellipse(box, fill=plate, outline=(255, 255, 255), width=3)
+    else:
+        draw.rectangle(box, fill=plate, outline=ink, width=10 if style in ("frame", "neon") else 3)
+    for line, word in enumerate(name.split()[:2]):
+        font = ImageFont.load_default(min(34, 1.55 * size[0] / (len(word) + 1.0)))
+        draw.text((size[0] / 2, size[1] * (0.31 + 0.38 * line)), word, ink, font, anchor="mm")
+    return np.asarray(image)
+
+
+def draw_panorama(name, index, width=512):
+    """The panorama at spot `index` of a generated city, column 0 to the north.
+
+    Returns (width / 2, width, 3) uint8. Every pixel is a ray: above the roof it is sky, between
+    street and roof it hits a house front at the distance that `cast` gives, below it is ground.
+    """
+    city, look = build_city(name), look_of(name)
+    above, horizon, light, ground, haze, lit = WEATHERS[look.weather]
+    spot, height = city.spots[index], width // 2
+    bearings = (np.arange(width) + 0.5) * 2 * math.pi / width
+    slope = np.tan((0.5 - (np.arange(height) + 0.5) / height) * math.pi)[:, None]      # (H, 1)
+    distance, owner, front = cast(city, spot, bearings)
+    house = np.floor(front / 9)                                          # houses are 9 m wide
+    roof = STOREY * (2 + np.floor(4 * _hash(owner, house, look.seed)))
+    level = EYE + slope * distance                                       # (H, W) metres above ground
+
+    # sky
+    up = np.clip(slope / 1.2, 0, 1)[..., None]
+    image = np.asarray(horizon) * (1 - up) + np.asarray(above) * up + np.zeros((height, width, 1))
+
+    # house fronts: wall, windows, ground floor; darker where they face away from the sun
+    hue = look.hue + 0.07 * (_hash(owner, house, 1) - 0.5)
+    shade = look.brightness * (0.8 + 0.35 * _hash(owner, house, 2))
+    walls = np.array([colorsys.hsv_to_rgb(h % 1, look.saturation, min(1, s))
+                      for h, s in zip(hue, shade)]) * 255                # (W, 3)
+    sunny = 0.86 + 0.14 * np.cos(bearings - 2.0)
+    wall = np.broadcast_to(walls * sunny[:, None], image.shape)
+    storey, inside = np.divmod(level / STOREY, 1)
+    pane, beside = np.divmod(front / 2.25, 1)
+    window = (np.abs(beside - 0.5) < 0.24) & (np.abs(inside - 0.52) < 0.25)
+    glow = _hash(owner[None], pane[None], storey) < lit
+    glass = np.where(glow[..., None], (255, 214, 130), (64, 76, 92))
+    wall = np.where(window[..., None] & (storey >= 1)[..., None], glass, wall)
+    shop = (storey < 1) & (np.abs(beside - 0.5) < 0.4) & (inside < 0.78)
+    wall = np.where(shop[..., None], (52, 58, 66), wall)
+    edge = (np.abs(front / 9 - house - 0.5) > 0.485) | (level > roof - 0.35) | (
+        (storey == 1) & (inside < 0.08))
+    wall = np.where(edge[..., None], wall * 0.6, wall)
+    lights = np.where(((window & (storey >= 1)) & glow)[..., None], 1.0, light)
+    image = np.where(((level >= 0) & (level <= roof))[..., None], wall * lights, image)
+
+    # ground: a grey road with a broken middle line and zebra crossings, lighter pavements
+    rows, columns = np.nonzero(level < 0)
+    away = -EYE / slope[rows, 0]
+    point = spot + (away * np.stack([np.sin(bearings[columns]), np.cos(bearings[columns])])).T
+    colour = np.tile((96.0, 96.0, 100.0), (len(rows), 1))
+    close = np.flatnonzero(away < 45)
+    streets = np.flatnonzero(_street_distance(city, spot) < 60)
+    offset = point[close, None] - city.start[streets]                   # (M, S, 2)
+    along = (offset * city.along[streets]).sum(-1)
+    across = np.abs((offset * city.across[streets]).sum(-1))
+    length = city.length[streets]
+    on = (along > 0) & (along < length) & (across < 4.6)
+    discs = np.hypot(*(point[close, None] - city.corners[np.unique(city.streets[streets])]
+                       ).transpose(2, 0, 1)) < 6.5
+    road = on.any(1) | discs.any(1)
+    end = np.minimum(along, length - along)
+    zebra = (on & (end > 8.0) & (end < 11.0) & (across % 1.3 < 0.7)).any(1)
+    middle = (on & (end > 12.5) & (across < 0.14) & (along % 6 < 3)).any(1)
+    paving = 168 + 10 * _hash(np.floor(point[close, 0]), np.floor(point[close, 1]))
+    colour[close] = np.where(road[:, None], 84.0, paving[:, None])
+    colour[close] = np.where((zebra | middle)[:, None], 225.0, colour[close])
+    image[rows, columns] = np.minimum(colour * ground, 250)
+
+    # haze: far things take the colour of the horizon, half of it at `haze` metres
+    depth = np.where(level < 0, np.minimum(-EYE / np.minimum(slope, -1e-6), distance), distance)
+    clear = np.where(level > roof, 1.0, 0.5 ** (depth / haze))[..., None]
+    image = image * clear + np.asarray(horizon) * (1 - clear)
+
+    # signs: boards that face the walker, far ones first. Angle = size / distance, so they shrink
+    for away, bearing, place in reversed(_in_sight(city, spot, 70)):
+        sign = _sign(place.name, place.kind, look.sign)
+        wide = 3.4 if look.sign == "banner" else 5.6
+        tall = wide * sign.shape[0] / sign.shape[1]
+        half = math.degrees(math.atan2(wide / 2, max(away, 3)))
+        low, high = (math.degrees(math.atan2(z - EYE, max(away, 3))) for z in (3.0, 3.0 + tall))
+        box = [round((bearing + s * half) / 360 * width) for s in (-1, 1)]
+        top, bottom = (round((0.5 - angle / 180) * height) for angle in (high, low))
+        size = (max(1, box[1] - box[0]), max(1, bottom - top))
+        small = np.asarray(Image.fromarray(sign).resize(size, Image.Resampling.BOX), np.float64)
+        columns = np.arange(box[0], box[0] + size[0]) % width
+        area = np.ix_(np.arange(top, top + size[1]), columns)
+        alpha = small[..., 3:] / 255
+        paint = small[..., :3] * (1.0 if look.sign == "neon" else np.clip(light, 0.7, 1))
+        paint = paint * 0.5 ** (away / haze) + np.asarray(horizon) * (1 - 0.5 ** (away / haze))
+        image[area] = paint * alpha + image[area] * (1 - alpha)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def draw_map(atlas, route, size=900):
+    """A map of the surroundings of a route: grey where panoramas stand (the streets), the walk in
+    red from its green start, with the landmarks. Works for any data. Returns a PIL image."""
+    points = np.array(route.points)
+    scale = np.array([1, math.cos(math.radians(points[0, 0]))]) * 111_320
+    middle = (points.min(0) + points.max(0)) / 2
+    reach = max(np.ptp(points, axis=0) * scale) / 2 + 90            # metres from middle to border
+    image = Image.new("RGB", (size, size), (233, 228, 216))
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(15)
+
+    def pixel(coordinate):
+        north, east = (np.asarray(coordinate) - middle) * scale / reach
+        return float(size / 2 * (1 + east)), float(size / 2 * (1 - north))
+
+    def dot(coordinate, radius, colour):
+        x, y = pixel(coordinate)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+    for coordinate in atlas.coordinates:
+        dot(coordinate, max(3, 7 * size / 2 / reach), (190, 190, 196))
+    draw.line([pixel(p) for p in points], fill=(205, 40, 40), width=4)
+    for i, point in enumerate(points):
+        dot(point, 9, (20, 130, 60) if i == 0 else (205, 40, 40))
+        x, y = pixel(point)
+        draw.text((x, y), str(i) if i else "S", (255, 255, 255), font, anchor="mm")
+    raw = atlas.infos[0][route.index]
+    for place in raw["route_results"].get("landmark_list", []) + [raw.get("dest_place")]:
+        if isinstance(place, dict) and "geocode" in place:
+            dot(place["geocode"], 4, (40, 70, 190))
+            x, y = pixel(place["geocode"])
+            draw.text((x + 7, y), str(place.get("name", "")), (20, 40, 130), font, anchor="lm")
+    return image
+
+
+def city_files(name, width=512):
+    """The `load` function of a generated city: what a folder would hold, without the folder."""
+    index = {}
+
+    @functools.lru_cache(maxsize=None)
+    def plan():
+        infos, mapping = _routes(name)
+        index.update({ident: i for i, ident in enumerate(mapping.values())})
+        return {INFOS: json.dumps(infos).encode(), MAPPING: pickle.dumps(mapping, protocol=4)}
+
+    @functools.lru_cache(maxsize=2048)
+    def picture(ident):
+        rotation = zlib.crc32(ident.encode()) % 360     # cameras are not mounted to the north
+        pixels = np.roll(draw_panorama(name, index[ident], width),
+                         round(rotation / 360 * width), axis=1)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "JPEG", quality=88)
+        return stream.getvalue()
+
+    def load(file):
+        if file in plan():
+            return plan()[file]
+        ident, _, kind = file.removeprefix("street_views/").partition(".")
+        if ident not in index:
+            raise RouteProblem(f"{name}/{file}", "no such file")
+        if kind == "jpg":
+            return picture(ident)
+        return json.dumps({"rotation": zlib.crc32(ident.encode()) % 360}).encode()
+
+    return load
+
+
+def write_city(name, folder, pictures=True, progress=None):
+    """Write a generated city as files in the released format; with pictures it takes a minute."""
+    atlas, folder = open_atlas(name), pathlib.Path(folder)
+    (folder / "street_views").mkdir(parents=True, exist_ok=True)
+    files = [INFOS, MAPPING] + [f"street_views/{ident}{end}" for ident in atlas.visited()
+                                for end in (".jpg", ".metadata.json") if pictures]
+    for i, file in enumerate(files):
+        (folder / file).write_bytes(atlas.load(file))
+        if progress:
+            progress(i + 1, len(files))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training text: expert conversations for SFT, a broad corpus for the small backbone.
+# A conversation is a list of {"role", "content", "learn"}; the loss falls on turns with learn=True.
+# With pictures the first turn also has "image".
+# ------------------------------------------------------------------------------------------------
+
+
+def expert_conversation(rng, **how):
+    """One expert example: a random position of a random walk. how: arguments of Navigation.
+
+    Conversations begin afresh at each position, so an example is one turn, as in the paper's data.
+    """
+    env = Navigation(**how)
+    observation, _ = env.reset(int(rng.integers(2 ** 62)), position=float(rng.random()))
+    return _conversation(observation["text"], observation["image"], env.expert_answer())
+
+
+def _conversation(prompt, image, answer, middle=()):
+    first = {"role": "user", "content": prompt, "learn": False}
+    if image is not None:
+        first["image"] = image
+    return [first, *middle, {"role": "assistant", "content": answer, "learn": True}]
+
+
+def backbone_conversations(rng, count, picture=None, cities=8):
+    """`count` conversations of the backbone's corpus: broad, correct, and never in the task's form.
+
+    Positions of walks through `cities` wild cities. Vocabulary, wording, moves, notation and keys
+    are drawn for each conversation; crossings and ends are as frequent as the long way between. A
+    quarter revise: they open with a wrong try (learn=False: nobody should learn mistakes) and the
+    verifier's message. picture: (width, height) of the 2 x 2 picture, or None for text.
+    """
+    return [_backbone_conversation(rng, open_atlas(f"wild-{rng.integers(cities)}"), picture)
+            for _ in range(count)]
+
+
+def _backbone_conversation(rng, atlas, picture):
+    def pick(options):
+        return options[rng.integers(len(options))]
+
+    route, heading = pick(atlas.routes), int(rng.integers(360))
+    rail = lay_rail(route, heading, rng)
+    at = int(rng.integers(len(rail)))
+    if rng.random() < 0.5:
+        at = pick([i for i, position in enumerate(rail) if position.kind != "forward"])
+    # Three in ten name just the two words that the task names, and so allow just these two.
+    both = rng.random() < 0.3
+    vocabulary = pick(sorted(RULES.values()) if both else sorted(VOCABULARIES))
+    turn, (on, arrive) = TURN if both else pick(OTHER_TURNS), pick(OTHER_ONS)
+    moves, history, (ask, notation) = pick(OTHER_MOVES), pick(OTHER_HISTORIES), pick(OTHER_NOTATIONS)
+    keys = [pick(names) for names in OTHER_KEYS]
+    steps = write_steps(route, heading, turn=turn, on=on, arrive=arrive)
+    past = [(position.observation, right_action(route, position, vocabulary, moves=moves))
+            for position in rail[:at]]
+    here = rail[at]
+    prompt = write_prompt(steps, write_space(vocabulary, pick(OTHER_SPACES), moves), past, here,
+                          bool(picture), pick(OTHER_PROMPTS), ask, keys, history)
+    image = None
+    if picture:
+        image = four_views(*atlas.panorama(here.panorama, route.index), here.heading, picture)
+
+    def say(seen, move):
+        return write_answer(seen, steps[here.step].strip(), move, notation, keys)
+
+    middle = []
+    if rng.random() < 0.25:
+        other = pick(rail)                      # what it sees, and does, belongs somewhere else
+        seen = other.observation if rng.random() < 0.3 else here.observation
+        word = pick(VOCABULARIES[vocabulary])
+        which = int(rng.integers(3))
+        wrong, right = MOVES[which].format(x=word), right_action(route, here, vocabulary)
+        verdict = verify_virl(write_answer(seen, "", wrong), right, here.observation,
+                              VOCABULARIES[vocabulary])
+        if not verdict.correct:
+            middle = [{"role": "assistant", "content": say(seen, moves[which].format(x=word)),
+                       "learn": False},
+                      {"role": "user", "content": RETRY.format(message=verdict.message),
+                       "learn": False}]
+    return _conversation(prompt, image,
+                         say(here.observation, right_action(route, here, vocabulary, moves=moves)),
+                         middle)
+
+
+def phrases():
+    """The fixed pieces of all texts above, for the small backbone's tokenizer, sorted."""
+    templates = [PROMPT, TURN, ON, ARRIVE, VIEW, SPACE, *MOVES, PAST, NOW, NOTHING, CROSSING, PICTURE,
+                 *KEYS, ASK, ANSWER, RETRY, *OTHER_PROMPTS, *OTHER_TURNS, *sum(OTHER_ONS, ()),
+                 *OTHER_SPACES, *sum(OTHER_MOVES, ()), *sum(OTHER_HISTORIES, ()),
+                 *sum(OTHER_KEYS, ()), *sum(OTHER_NOTATIONS, ()), *VIRL_MESSAGES.values(),
+                 *sum(VOCABULARIES.values(), ()), "The destination ", " is on your ", "; ", ", ",
+                 *(f" {kind}" for kind in KIND_NAMES), *(side for side, _ in SIDES),
+                 *sum((look.words for look in CITIES.values()), ())]
+    pieces = set()
+    for template in templates:
+        piece = ""
+        for literal, slot, *_ in string.Formatter().parse(template):
+            piece += literal
+            if slot is not None:
+                pieces.add(piece)
+                piece = ""
+        pieces.add(piece)
+    return sorted(p for p in pieces if len(p) > 1 or p in ARROWS) + [str(n) for n in range(10, 50)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Walk in the terminal
+# ------------------------------------------------------------------------------------------------
+
+
+def save_pictures(env, folder):
+    """Write the map of env's route, and panorama and views of each position, as PNG files."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_map(env.atlas, env.route).save(folder / "map.png")
+    for i, position in enumerate(env.rail):
+        pixels, rotation = env.atlas.panorama(position.panorama, env.route.index)
+        four_views(pixels, rotation, position.heading, (1200, 1200)).save(
+            folder / f"view-{i + 1:02d}-{position.kind.replace(' ', '-')}.png")
+    Image.fromarray(pixels).save(folder / "panorama-of-the-end.png")
+
+
+def walk(args):
+    """Carry out the command line. Raises RouteProblem and OSError."""
+    where = args.routes or args.city
+    if args.write:
+        write_city(where, args.write, progress=lambda done, of: print(
+            f"\r{done} of {of} files", end="", file=sys.stderr))
+        print(f"\nNow try: python virl_env.py --routes {args.write}")
+        return
+    atlas = open_atlas(where)
+    if args.picture and look_of(where):         # sharper than the panoramas that models see
+        atlas = Atlas(city_files(where, 2048), where)
+    env = Navigation(atlas, args.rule, args.split, tries=args.tries,
+                     paper_bearings=args.paper_bearings)
+    observation, _ = env.reset(args.seed, args.route)
+    if args.picture:
+        save_pictures(env, args.picture)
+        print(f"{args.picture}: map.png and {len(env.rail)} views of route {env.route.index}")
+    print(observation["text"] + "(Type just the action, or the whole answer; an empty line gives up.)")
+    terminated = truncated = False
+    while not (terminated or truncated):
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            print("The action here is", env.expert_action())
+            return
+        if "action" not in text.lower():        # trust a person's eyes
+            text = f"current observation: {env.position.observation}\naction: {text}"
+        observation, reward, terminated, truncated, _ = env.step(text)
+        ends = " (out of tries)" if truncated else ""
+        if observation["new_conversation"]:
+            seen, action = env.past[-1]
+            print(f"[{reward:+.1f}] {action}. Now: {env.position.observation}")
+        else:
+            print(f"[{reward:+.1f}] {observation['text']}{ends}")
+
+
+def main():
+    """A walk for a person. Returns the exit code: 0 fine, 2 bad data."""
+    parser = argparse.ArgumentParser(description="Walk a route of V-IRL in the terminal.")
+    data = parser.add_argument_group("data")
+    data.add_argument("--city", default="Alder", metavar="NAME",
+                      help=f"a generated city: {', '.join(CITIES)} or wild-N (default Alder)")
+    data.add_argument("--routes", metavar="FOLDER", help="routes in the paper's released format")
+    data.add_argument("--split", choices=("train", "val", "test", "all"), default="all",
+                      help="which routes to draw from (default all, as in the paper)")
+    data.add_argument("--route", type=int, metavar="N", help="this route instead of a drawn one")
+    data.add_argument("--seed", type=int, default=0, help="which walk (default 0)")
+    rules = parser.add_argument_group("rules")
+    rules.add_argument("--rule", choices=RULES, default="absolute", help="words of turn_direction")
+    rules.add_argument("--tries", type=int, default=TRIES, help="answers a position (paper: 2)")
+    rules.add_argument("--paper-bearings", action=argparse.BooleanOptionalAction, default=False,
+                       help="the released code's relative words, which do not wrap at 360 degrees")
+    files = parser.add_argument_group("files")
+    files.add_argument("--picture", metavar="FOLDER", help="write a map and the street views (PNG)")
+    files.add_argument("--write", metavar="FOLDER", help="write the city in the released format")
+    args = parser.parse_args()
+    if args.seed < 0 or args.tries < 1:
+        parser.error("--seed must be 0 or more, --tries 1 or more")
+    if args.write and args.routes:
+        parser.error("--write writes a generated city: give --city, not --routes")
+    try:
+        walk(args)
+        return 0
+    except (RouteProblem, OSError) as problem:
+        print(f"virl_env.py: {problem}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
