@@ -75,7 +75,7 @@ PROMPT = ("[Task] You walk through a city by the steps below. Say what you see n
           "are at, and what to do.\n"
           "[Steps]\n{steps}"
           "{view}[Actions] {space}\n"
-          "[Walk so far]\n{walk}"
+          "[Walk so far]{walk}\n"
           "[Output] {ask}")
 TURN = "{n}. Turn {relative}, to face {compass}.\n"
 ON = "{n}. Go on to the next intersection: {landmarks}.\n"
@@ -83,9 +83,9 @@ ARRIVE = "{n}. Go on to the end of the walk: {landmarks}.\n"
 VIEW = "[View] The picture has four views from where you stand: front, right / back, left.\n"
 SPACE = "{go} goes on, {turn} turns to face x, {stop} ends the walk; x is one of: {words}"
 MOVES = ("forward()", "turn_direction({x})", "stop()")
-PAST = "O_{k}: {seen}\nA_{k}: {action}\n"
-NOW = "O_{k}: {seen}\nA_{k}:\n"
-NOTHING = "no landmark in sight"
+PAST = "\nO_{k}: {seen}\nA_{k}: {action}"
+NOW = "\nO_{k}: {seen}\nA_{k}:"
+NOTHING = "no landmark here"
 CROSSING = "; you are at an intersection"
 PICTURE = "see the picture"
 KEYS = ("current observation", "current instruction", "action")     # the paper's three fields
@@ -98,9 +98,9 @@ RETRY = "Not right: {message}. Try again."
 # that "use the words that are listed" is the only habit that pays ...
 OTHER_PROMPTS = (
     PROMPT,
-    "{walk}That is your walk so far. These steps lead to the goal:\n{steps}{view}"
+    "Your walk so far:{walk}\nThese steps lead to the goal:\n{steps}{view}"
     "Which one is next, and what do you do? {space}\n{ask}",
-    "Guide a walker. Moves: {space}\n{view}Plan:\n{steps}Log:\n{walk}Reply: {ask}",
+    "Guide a walker. Moves: {space}\n{view}Plan:\n{steps}Log:{walk}\nReply: {ask}",
 )
 OTHER_TURNS = (
     "{n}. Turn {relative} ({clock}, {arrows}), to face {compass}.\n",
@@ -115,8 +115,8 @@ OTHER_SPACES = (SPACE, "{stop}, or {go}, or {turn} with x from {words}.",
                 "use {turn} ({words}), {go} and {stop} only")
 OTHER_MOVES = (MOVES, MOVES, ("walk()", "face({x})", "end()"), ("go", "turn {x}", "halt"),
                ("ahead", "look {x}", "here"))
-OTHER_HISTORIES = ((PAST, NOW), ("{k}) {seen} -> {action}\n", "{k}) {seen} ->\n"),
-                   ("saw {seen}; did {action}\n", "see {seen}\n"))
+OTHER_HISTORIES = ((PAST, NOW), ("\n{k} | {seen} -> {action}", "\n{k} | {seen} ->"),
+                   ("\nsaw {seen}, did {action}", "\nsee {seen}"))
 # ... answered in other notations: (what the prompt asks for, the answer). NONE is accepted by the
 # verifier, whose key is "action". The keys are drawn anew for each field of each conversation.
 OTHER_KEYS = (("seen", "view", "around"), ("line", "rule", "part"), ("move", "next", "do"))
@@ -722,16 +722,19 @@ class Navigation:
 # same episodes, whether or not the city was ever written to disk.
 #
 #   a. corners: points of a bent lattice, shifted at random
-#   b. streets: the Gabriel graph (join two points if no third lies in the circle between them): it
-#      is planar and connected; then take out streets that meet at a sharp angle
-#   c. places: named, of a dozen kinds, on the house fronts; some names are chains
-#   d. routes: walks over 2 to 8 corners that bend at each, ending in sight of a place
+#   b. streets: the Gabriel graph (join two corners if no third lies in the circle between them):
+#      planar, with three-, four- and five-way crossings; without streets that meet at < 42 degrees
+#   c. places: named, of a dozen kinds, on the house fronts; a fifth belong to chains, so that the
+#      same name stands at many corners
+#   d. routes: walks over 2 to 8 corners that bend at each and end in sight of a place
 # ------------------------------------------------------------------------------------------------
 
-BLOCK, HALF_STREET, FRONT, STOREY, EYE = 78.0, 7.0, 9.0, 3.2, 2.2       # metres
-PANORAMA_EVERY, SIGHT = 10.0, 30.0                                      # metres
-KIND_NAMES = ("Bakery", "Bank", "Cafe", "Pharmacy", "School", "Museum", "Hotel", "Cinema",
-              "Bookshop", "Station", "Market", "Clinic")
+BLOCK, HALF_STREET, AROUND, STOREY, EYE = 78.0, 7.0, 9.0, 3.2, 2.2      # metres
+EVERY, SIGHT = 10.0, 30.0   # metres between panoramas; metres up to which a place is a landmark
+PLACE_KINDS = ("Bakery", "Bank", "Cafe", "Pharmacy", "School", "Museum", "Hotel", "Cinema",
+               "Bookshop", "Station", "Market", "Clinic")
+SIGNS = ("plate", "frame", "banner", "oval", "neon")
+PLANS = ("grid", "bricks", "rings", "loose")
 # sky above, sky at the horizon, light on houses, light on the ground, metres to half haze, share of
 # windows that are lit
 WEATHERS = {
@@ -744,7 +747,6 @@ WEATHERS = {
     "dust": ((200, 160, 105), (228, 196, 146), (1.0, 0.84, 0.62), (1.15, 0.95, 0.7), 90, 0.0),
     "rain": ((88, 98, 110), (140, 150, 158), (0.62, 0.68, 0.74), (0.5, 0.55, 0.65), 110, 0.35),
 }
-SIGNS = ("plate", "frame", "banner", "oval", "neon")
 
 
 @dataclass(frozen=True)
@@ -752,43 +754,37 @@ class Look:
     """What makes a city look like itself."""
 
     seed: int
-    plan: str               # "grid", "bricks", "rings" or "loose"
-    hue: float              # of the houses, 0..1, with their saturation and brightness
-    saturation: float
-    brightness: float
+    plan: str               # one of PLANS
+    house: tuple            # hue, saturation and brightness of its houses, 0..1
     sign: str               # one of SIGNS
     weather: str            # a key of WEATHERS
-    words: tuple            # first words of the names of its places
-    routes: int
+    words: str              # first words of the names of its places
+    routes: int = 120
 
 
-def _look(seed, plan, hue, saturation, brightness, sign, weather, words, routes=120):
-    return Look(seed, plan, hue, saturation, brightness, sign, weather, tuple(words.split()),
-                routes)
-
-
-CITIES = {
-    "Alder": _look(1, "grid", 0.06, 0.45, 0.72, "plate", "sunny", "Heron Maple Copper Lantern "
-                   "Harbor Willow Falcon Juniper Granite Orchard Sparrow Beacon", 1000),
-    "Brim": _look(2, "bricks", 0.12, 0.55, 0.85, "oval", "dust", "Saffron Camel Oasis Jasmine Palm "
-                  "Minaret Cumin Lotus Ivory Sandal Peacock Mango"),
-    "Calla": _look(3, "rings", 0.58, 0.18, 0.8, "frame", "snow", "Fjord Birch Reindeer Amber Polar "
-                   "Aurora Spruce Walrus Glacier Icicle Elk Cinder"),
-    "Dorn": _look(4, "loose", 0.02, 0.6, 0.5, "banner", "rain", "Thistle Raven Anchor Crown Foxglove "
-                  "Castle Mill Abbey Badger Bishop Clover Dover"),
-    "Esker": _look(5, "grid", 0.33, 0.3, 0.6, "neon", "night", "Dragon Jade Bamboo Lotusleaf Silk "
-                   "Crane Pearl Tiger Ginger Phoenix Lychee Orchid"),
-    "Fenn": _look(6, "bricks", 0.09, 0.1, 0.9, "frame", "fog", "Gondola Fresco Olive Basil Duomo "
-                  "Lira Viola Marble Cypress Tuscan Roma Corso"),
-    "Gale": _look(7, "rings", 0.92, 0.4, 0.78, "oval", "dusk", "Tango Pampas Gaucho Malbec Condor "
-                  "Plata Andes Bolero Cactus Puma Mate Sierra"),
-    "Hollis": _look(8, "loose", 0.5, 0.45, 0.75, "plate", "overcast", "Koala Reef Wattle Banksia "
-                    "Possum Yarra Lagoon Surf Emu Opal Boomer Coral"),
-    "Istra": _look(9, "grid", 0.78, 0.25, 0.82, "banner", "sunny", "Cable Redwood Pier Prairie Gold "
-                   "Sunset Dolphin Cypher Vista Mesa Canyon Pacific"),
-    "Juno": _look(10, "bricks", 0.2, 0.7, 0.72, "neon", "dust", "Baobab Drum Cocoa Kola Savanna "
-                  "Zebra Marula Lagos Cassava Ebony Acacia Gazelle"),
+CITIES = {      # the first is the training city, the others are the visual OOD test
+    "Alder": Look(1, "grid", (0.06, 0.45, 0.72), "plate", "sunny",
+                  "Heron Maple Copper Lantern Harbor Willow Falcon Juniper Granite Orchard", 1000),
+    "Brim": Look(2, "bricks", (0.12, 0.55, 0.85), "oval", "dust",
+                 "Saffron Camel Oasis Jasmine Palm Minaret Cumin Lotus Sandal Peacock"),
+    "Calla": Look(3, "rings", (0.58, 0.18, 0.80), "frame", "snow",
+                  "Fjord Birch Reindeer Amber Polar Aurora Spruce Walrus Glacier Icicle"),
+    "Dorn": Look(4, "loose", (0.02, 0.60, 0.50), "banner", "rain",
+                 "Thistle Raven Anchor Crown Foxglove Castle Abbey Badger Bishop Clover"),
+    "Esker": Look(5, "grid", (0.33, 0.30, 0.60), "neon", "night",
+                  "Dragon Jade Bamboo Silk Crane Pearl Tiger Ginger Phoenix Lychee"),
+    "Fenn": Look(6, "bricks", (0.09, 0.10, 0.90), "frame", "fog",
+                 "Gondola Fresco Olive Basil Duomo Lira Viola Marble Cypress Corso"),
+    "Gale": Look(7, "rings", (0.92, 0.40, 0.78), "oval", "dusk",
+                 "Tango Pampas Gaucho Malbec Condor Andes Bolero Cactus Puma Sierra"),
+    "Hollis": Look(8, "loose", (0.50, 0.45, 0.75), "plate", "overcast",
+                   "Koala Reef Wattle Banksia Possum Lagoon Surf Opal Boomer Coral"),
+    "Istra": Look(9, "grid", (0.78, 0.25, 0.82), "banner", "sunny",
+                  "Cable Redwood Prairie Gold Sunset Dolphin Vista Mesa Canyon Pacific"),
+    "Juno": Look(10, "bricks", (0.20, 0.70, 0.72), "neon", "dust",
+                 "Baobab Drum Cocoa Kola Savanna Zebra Marula Cassava Ebony Acacia"),
 }
+WORDS = tuple(word for look in CITIES.values() for word in look.words.split())
 
 
 @functools.lru_cache(maxsize=None)
@@ -802,11 +798,57 @@ def look_of(name):
     if not match:
         return CITIES.get(name)
     rng = np.random.default_rng([9, int(match.group(1))])
-    pool = sorted({word for look in CITIES.values() for word in look.words})
-    return Look(1000 + int(match.group(1)), ("grid", "bricks", "rings", "loose")[rng.integers(4)],
-                float(rng.random()), float(rng.uniform(0.1, 0.7)), float(rng.uniform(0.5, 0.9)),
-                SIGNS[rng.integers(len(SIGNS))], sorted(WEATHERS)[rng.integers(len(WEATHERS))],
-                tuple(rng.choice(pool, 24, replace=False).tolist()), 300)
+    house = (float(rng.random()), float(rng.uniform(0.1, 0.7)), float(rng.uniform(0.5, 0.9)))
+    plan, sign, weather = (options[rng.integers(len(options))]
+                           for options in (PLANS, SIGNS, sorted(WEATHERS)))
+    words = " ".join(rng.choice(WORDS, 24, replace=False).tolist())
+    return Look(1000 + int(match.group(1)), plan, house, sign, weather, words, 300)
+
+
+def _corners(plan, rng):
+    """Where streets will meet, before they are laid: (C, 2) metres."""
+    if plan == "loose":
+        chosen = []
+        for point in rng.uniform(-4.3 * BLOCK, 4.3 * BLOCK, size=(2000, 2)):
+            if all(math.dist(point, other) > 0.72 * BLOCK for other in chosen):
+                chosen.append(point)
+        corners = np.array(chosen)
+    elif plan == "rings":
+        corners = np.array([(ring * BLOCK * math.sin(2 * math.pi * i / n),
+                             ring * BLOCK * math.cos(2 * math.pi * i / n))
+                            for ring in range(5) for n in [max(1, 6 * ring)] for i in range(n)])
+    else:
+        column, row = np.meshgrid(np.arange(9.0) - 4, np.arange(8.0) - 3.5)
+        column += 0.5 * (row % 2 > 0.9) * (plan == "bricks")
+        column, row = column + 0.35 * np.sin(row), row + 0.35 * np.sin(1.3 * column)
+        corners = BLOCK * np.stack([column.ravel(), row.ravel()], axis=1)
+    corners = corners + rng.normal(0, 0.12 * BLOCK, corners.shape)
+    turn = rng.uniform(0, math.pi / 2)
+    return corners @ [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
+
+
+def _streets(corners):
+    """The Gabriel graph without its sharp angles. corners (C, 2) -> neighbours, a list of lists."""
+    square = ((corners[:, None] - corners[None]) ** 2).sum(-1)          # (C, C)
+    # c lies in the circle over the diameter ab  <=>  |ac|^2 + |bc|^2 < |ab|^2. The 1.35 makes the
+    # circle a little larger: four corners of a square keep their sides and lose both diagonals.
+    third = square[:, None, :] + square[None, :, :]                     # (a, b, c)
+    ends = np.arange(len(corners))
+    third[ends, :, ends] = third[:, ends, ends] = np.inf                # c is neither a nor b
+    clear = (third >= 1.35 * square[:, :, None]).all(-1) & (square < (1.7 * BLOCK) ** 2)
+    near = [[] for _ in corners]
+
+    def sharp(here, there, other):
+        u, v = corners[there] - corners[here], corners[other] - corners[here]
+        return u @ v > math.cos(math.radians(42)) * np.hypot(*u) * np.hypot(*v)
+
+    pairs = [(int(a), int(b)) for a, b in np.argwhere(clear) if a < b]
+    for a, b in sorted(pairs, key=lambda pair: square[pair]):           # short streets first
+        if not any(sharp(here, there, other) for here, there in ((a, b), (b, a))
+                   for other in near[here]):
+            near[a].append(b)
+            near[b].append(a)
+    return near
 
 
 @dataclass(frozen=True)
@@ -814,248 +856,181 @@ class Place:
     """A shop or the like, on a house front."""
 
     name: str
-    kind: int               # index in KIND_NAMES
+    kind: int               # index in PLACE_KINDS
     at: np.ndarray          # (2,) metres
 
 
-@dataclass
 class City:
-    """Streets and places of a generated city. All positions in metres."""
+    """Streets and places of a generated city: C corners, S streets, P panoramas; metres."""
 
-    look: Look
-    corners: np.ndarray     # (C, 2)
-    streets: np.ndarray     # (S, 2) int, indices of corners
-    spots: np.ndarray       # (P, 2) where panoramas stand; the first C are the corners
-    places: list
-
-    def __post_init__(self):
+    def __init__(self, look):
+        rng = np.random.default_rng([6, look.seed])
+        self.look, self.corners = look, _corners(look.plan, rng)
+        self.near = _streets(self.corners)
+        self.streets = np.array([(a, b) for a, bs in enumerate(self.near) for b in bs if a < b])
         self.start = self.corners[self.streets[:, 0]]                   # (S, 2)
         along = self.corners[self.streets[:, 1]] - self.start
         self.length = np.hypot(*along.T)                                # (S,)
         self.along = along / self.length[:, None]                       # (S, 2) unit vectors
         self.across = self.along[:, ::-1] * (1, -1)                     # to the right of `along`
+        self.spots = np.concatenate([self.corners] + [                  # (P, 2) corners come first
+            self.between(a, b)[1:-1] for a, b in self.streets])
+        words, self.places = look.words.split(), []
+        kinds = {word: int(rng.integers(len(PLACE_KINDS))) for word in words}
+        for street, length in enumerate(self.length):
+            for side in (-1, 1):
+                at = AROUND + 2 + rng.uniform(0, 70)
+                while at < length - AROUND - 2:
+                    word = words[rng.integers(len(words))]
+                    kind = int(rng.integers(len(PLACE_KINDS)))
+                    if rng.random() < 0.2:      # a branch of this word's chain
+                        kind = kinds[word]
+                    self.places.append(Place(
+                        f"{word} {PLACE_KINDS[kind]}", kind, self.start[street] + at *
+                        self.along[street] + side * (HALF_STREET - 0.3) * self.across[street]))
+                    at += rng.uniform(28, 190)
 
+    def between(self, a, b):
+        """Panoramas from corner a to corner b, both included, (n, 2) metres."""
+        a, b = self.corners[a], self.corners[b]
+        steps = max(1, round(math.dist(a, b) / EVERY))
+        return a + (b - a) * np.linspace(0, 1, steps + 1)[:, None]
 
-def _lattice(plan, rng):
-    """Corners before streets, (C, 2) metres."""
-    if plan == "loose":
-        chosen = []
-        for point in rng.uniform(-4.3 * BLOCK, 4.3 * BLOCK, size=(2000, 2)):
-            if all(math.dist(point, other) > 0.72 * BLOCK for other in chosen):
-                chosen.append(point)
-        return np.array(chosen)
-    if plan == "rings":
-        return np.array([(ring * BLOCK * math.sin(2 * math.pi * i / n),
-                          ring * BLOCK * math.cos(2 * math.pi * i / n))
-                         for ring in range(5) for n in [max(1, 6 * ring)] for i in range(n)])
-    column, row = np.meshgrid(np.arange(9.0) - 4, np.arange(8.0) - 3.5)
-    if plan == "bricks":
-        column += 0.5 * (row % 2 > 0.9)
-    column, row = column + 0.35 * np.sin(row), row + 0.35 * np.sin(1.3 * column)
-    return BLOCK * np.stack([column.ravel(), row.ravel()], axis=1)
+    def away(self, points):
+        """Metres from points (..., 2) to the middle line of each street, (..., S)."""
+        offset = points[..., None, :] - self.start
+        along = np.clip((offset * self.along).sum(-1), 0, self.length)
+        return np.hypot(*np.moveaxis(offset - along[..., None] * self.along, -1, 0))
 
+    def cast(self, spot, bearings):
+        """How far one can see along each bearing before a house front is in the way.
 
-def _streets(corners):
-    """The Gabriel graph without its sharp angles. corners (C, 2) -> (S, 2) int."""
-    square = ((corners[:, None] - corners[None]) ** 2).sum(-1)          # (C, C)
-    # c lies in the circle over the diameter ab  <=>  |ac|^2 + |bc|^2 < |ab|^2. The 1.35 makes the
-    # circle a little larger: four corners of a square keep their sides and lose both diagonals.
-    third = square[:, None, :] + square[None, :, :] + 1e9 * (np.eye(len(square))[:, None] +
-                                                             np.eye(len(square))[None])
-    clear = (third >= 1.35 * square[:, :, None]).all(-1)
-    pairs = [(a, b) for a, b in np.argwhere(clear) if a < b and square[a, b] < (1.7 * BLOCK) ** 2]
-    kept = []
-    for a, b in sorted(pairs, key=lambda pair: square[pair]):           # short streets first
-        for one, two in kept:
-            for here, there in ((a, b), (b, a)):
-                if here in (one, two):
-                    other = two if here == one else one
-                    u, v = corners[there] - corners[here], corners[other] - corners[here]
-                    if u @ v > math.cos(math.radians(42)) * np.hypot(*u) * np.hypot(*v):
-                        break
-            else:
-                continue
-            break
-        else:
-            kept.append((a, b))
-    return np.array(kept)
+        spot (2,) metres, bearings (W,) radians. Open space is the union of the streets (bands of
+        HALF_STREET to both sides) and of a disc AROUND each corner. A ray meets every band and disc
+        in one interval; from the spot, go on as long as the next begins before the last ends:
 
+            band 1   |-------------|
+            disc               |-------|
+            band 2                        |-------|      a front stands at the end of the disc
 
-@functools.lru_cache(maxsize=16)
-def build_city(name):
-    """The City of a name of CITIES, or wild-N. Deterministic."""
-    look = look_of(name)
-    rng = np.random.default_rng([6, look.seed])
-    corners = _lattice(look.plan, rng)
-    corners = corners + rng.normal(0, 0.12 * BLOCK, corners.shape)
-    turn = rng.uniform(0, math.pi / 2)
-    corners = corners @ np.array([[math.cos(turn), -math.sin(turn)],
-                                  [math.sin(turn), math.cos(turn)]])
-    city = City(look, corners, _streets(corners), corners, [])
-    spots, chains = [corners], [f"{word} {KIND_NAMES[rng.integers(12)]}"
-                                for word in rng.choice(look.words, 3, replace=False)]
-    for start, along, across, length in zip(city.start, city.along, city.across, city.length):
-        steps = max(1, round(length / PANORAMA_EVERY))
-        spots.append(start + along * (np.arange(1, steps) * length / steps)[:, None])
-        for side in (-1, 1):
-            s = FRONT + 2 + rng.uniform(0, 70)
-            while s < length - FRONT - 2:
-                chain = rng.random() < 0.2
-                kind = int(rng.integers(12))
-                label = f"{look.words[rng.integers(len(look.words))]} {KIND_NAMES[kind]}"
-                if chain:       # branches of a chain: the same name at many corners
-                    label = chains[rng.integers(3)]
-                    kind = KIND_NAMES.index(label.split()[1])
-                city.places.append(Place(label, kind,
-                                         start + along * s + across * side * (HALF_STREET - 0.3)))
-                s += rng.uniform(28, 190)
-    city.spots = np.concatenate(spots)
-    return city
-
-
-def cast(city, spot, bearings):
-    """How far one can see along each bearing before a house front is in the way.
-
-    spot (2,) metres, bearings (W,) radians. Open space is the union of the streets (bands of
-    HALF_STREET to both sides) and of a disc around each corner. On each ray every band or disc is
-    one interval; from the spot, follow intervals as long as the next begins before the last ends.
-    Returns distance (W,) metres and, for the front hit: owner (W,) int (a street, or S + a corner),
-    and metres along that front (W,), negative on the left side of a street.
-    """
-    ray = np.stack([np.sin(bearings), np.cos(bearings)])                # (2, W)
-    near = np.flatnonzero(_street_distance(city, spot) < 160)
-    offset = spot - city.start[near]
-    a, b = (offset * city.along[near]).sum(1)[:, None], (offset * city.across[near]).sum(1)[:, None]
-    da, db = city.along[near] @ ray, city.across[near] @ ray            # (S, W)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ends = np.stack([-a / da, (city.length[near, None] - a) / da])
-        sides = np.stack([(-HALF_STREET - b) / db, (HALF_STREET - b) / db])
-    enter = np.maximum(ends.min(0), sides.min(0))
-    leave = np.minimum(ends.max(0), sides.max(0))
-    discs = np.unique(city.streets[near])
-    to = city.corners[discs] - spot                                     # (C, 2)
-    middle = to @ ray                                                   # (C, W)
-    half = FRONT ** 2 - ((to ** 2).sum(1)[:, None] - middle ** 2)
-    half = np.where(half > 0, np.sqrt(np.maximum(half, 0)), -np.inf)
-    enter = np.concatenate([enter, middle - half])
-    leave = np.concatenate([leave, middle + half])
-    owners = np.concatenate([near, len(city.streets) + discs])
-    leave[~(enter < leave)] = -1
-    order = np.argsort(np.where(leave > 0, enter, np.inf), axis=0)
-    distance, owner = np.full(len(bearings), 0.5), np.zeros(len(bearings), dtype=int)
-    for rank in order:
+        Returns distance (W,) metres and what was hit there: owner (W,) int, a street or S + a
+        corner, and front (W,) metres along it, negative on the left side of a street.
+        """
+        ray = np.stack([np.sin(bearings), np.cos(bearings)])            # (2, W)
+        near = np.flatnonzero(self.away(spot) < 160)
+        offset = spot - self.start[near]
+        a, b = ((offset * to[near]).sum(1)[:, None] for to in (self.along, self.across))
+        da, db = self.along[near] @ ray, self.across[near] @ ray        # (S, W)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ends = np.stack([-a / da, (self.length[near, None] - a) / da])
+            sides = np.stack([(-HALF_STREET - b) / db, (HALF_STREET - b) / db])
+        discs = np.unique(self.streets[near])
+        to = self.corners[discs] - spot                                 # (C, 2)
+        middle = to @ ray                                               # (C, W)
+        half = AROUND ** 2 - (to ** 2).sum(1)[:, None] + middle ** 2
+        half = np.where(half > 0, np.sqrt(np.maximum(half, 0)), -np.inf)
+        enter = np.concatenate([np.maximum(ends.min(0), sides.min(0)), middle - half])
+        leave = np.concatenate([np.minimum(ends.max(0), sides.max(0)), middle + half])
+        enter[~(enter < leave)] = np.inf                                # not met
+        distance, owner = np.full(len(bearings), 0.5), np.zeros(len(bearings), dtype=int)
         column = np.arange(len(bearings))
-        longer = (enter[rank, column] <= distance + 0.01) & (leave[rank, column] > distance)
-        distance = np.where(longer, leave[rank, column], distance)
-        owner = np.where(longer, rank, owner)
-    hit = spot[:, None] + ray * distance                                # (2, W)
-    owner = owners[owner]
-    street = np.minimum(owner, len(city.streets) - 1)
-    along = ((hit.T - city.start[street]) * city.along[street]).sum(1)
-    side = np.sign(((hit.T - city.start[street]) * city.across[street]).sum(1))
-    corner = np.maximum(owner - len(city.streets), 0)
-    around = np.arctan2(*(hit - city.corners[corner].T)) * FRONT
-    return distance, owner, np.where(owner < len(city.streets), (along + 500) * side, around + 900)
+        for rank in np.argsort(enter, axis=0):                          # nearest first; (W,) each
+            further = (enter[rank, column] <= distance + 0.01) & (leave[rank, column] > distance)
+            distance = np.where(further, leave[rank, column], distance)
+            owner = np.where(further, rank, owner)
+        owner = np.concatenate([near, len(self.streets) + discs])[owner]
+        hit = spot + (ray * distance).T                                 # (W, 2)
+        street = np.minimum(owner, len(self.streets) - 1)
+        from_start = hit - self.start[street]
+        along = (from_start * self.along[street]).sum(1) + 500
+        side = np.sign((from_start * self.across[street]).sum(1))
+        to_corner = hit - self.corners[np.maximum(owner - len(self.streets), 0)]
+        around = np.arctan2(*to_corner.T) * AROUND + 900
+        return distance, owner, np.where(owner < len(self.streets), along * side, around)
+
+    def in_sight(self, spot, reach):
+        """[(metres, bearing in degrees, place)] of the places that can be seen, nearest first."""
+        offset = np.array([place.at for place in self.places]) - spot
+        metres_to = np.hypot(*offset.T)
+        near = np.flatnonzero(metres_to < reach)
+        bearings = np.arctan2(*offset[near].T)
+        clear = self.cast(spot, bearings)[0] > metres_to[near] - 1.5
+        return sorted(((float(metres_to[i]), float(np.degrees(bearing)) % 360, self.places[i])
+                       for i, bearing in zip(near[clear], bearings[clear])),
+                      key=lambda seen: seen[0])
 
 
-def _street_distance(city, points):
-    """Metres from points (..., 2) to the middle line of each street, (..., S)."""
-    offset = points[..., None, :] - city.start
-    along = np.clip((offset * city.along).sum(-1), 0, city.length)
-    return np.hypot(*np.moveaxis(offset - along[..., None] * city.along, -1, 0))
+@functools.lru_cache(maxsize=32)
+def build_city(name):
+    """The City of a name that `look_of` knows. Deterministic."""
+    return City(look_of(name))
 
 
-def _in_sight(city, spot, reach):
-    """[(metres, bearing in degrees, place)] of the places that can be seen, nearest first."""
-    at = np.array([place.at for place in city.places]) - spot           # (places, 2)
-    away = np.hypot(*at.T)
-    near = np.flatnonzero(away < reach)
-    bearings = np.arctan2(at[near, 0], at[near, 1])
-    open_to = cast(city, spot, bearings)[0]
-    return sorted(((float(away[i]), float(np.degrees(b)) % 360, city.places[i])
-                   for i, b, d in zip(near, bearings, open_to) if d > away[i] - 1.5),
-                  key=lambda seen: seen[0])
+def _heading(a, b):
+    """Whole degrees from point a to point b."""
+    return round(math.degrees(math.atan2(b[0] - a[0], b[1] - a[1]))) % 360
 
 
-def _spatial(heading, bearing):
-    """On which side something is for a walker facing `heading`."""
-    return SIDES[round(bend(heading, bearing) / 90) % 4][0]
+def _geocode(point):
+    """[latitude, longitude] of a point in metres. All cities lie at sea, at 40 degrees north."""
+    return [round(40 + float(point[1]) / 111_320, 7),
+            round(-30 + float(point[0]) / (111_320 * math.cos(math.radians(40))), 7)]
 
 
-def _routes(name):
+def _draw_walk(city, rng):
+    """Corners of a walk, or None: walk[0] lies behind the start, walk[1:] are the N points."""
+    length, walk = int(rng.integers(2, 9)), [int(rng.integers(len(city.near)))]
+    while len(walk) <= length:
+        onward = [b for b in city.near[walk[-1]] if b not in walk and len(city.near[b]) > 2]
+        if len(walk) > 1:           # every corner is a real turn, and none a turn-about
+            behind, here = city.corners[walk[-2]], city.corners[walk[-1]]
+            onward = [b for b in onward if 24 <= abs(bend(
+                _heading(behind, here), _heading(here, city.corners[b]))) <= 156]
+        if not onward:
+            return None
+        walk.append(onward[rng.integers(len(onward))])
+    return tuple(walk)
+
+
+def _routes(city):
     """The routes of a generated city as the released JSON has them."""
-    city, look = build_city(name), look_of(name)
-    rng = np.random.default_rng([7, look.seed])
-    near = [[] for _ in city.corners]
-    for a, b in city.streets.tolist():
-        near[a].append(b)
-        near[b].append(a)
-    sights = [_in_sight(city, corner, SIGHT) for corner in city.corners]
-
-    def heading(a, b):
-        return round(math.degrees(math.atan2(*(np.asarray(b) - a)))) % 360
-
-    def geocode(point):     # the city lies at sea, 40 degrees north
-        return [round(40 + float(point[1]) / 111_320, 7),
-                round(-30 + float(point[0]) / (111_320 * math.cos(math.radians(40))), 7)]
-
-    made, known = [], set()
-    while len(made) < look.routes:
-        wanted, walk = int(rng.integers(2, 9)), [int(rng.integers(len(near)))]
-        while len(walk) <= wanted:      # walk[0] is the corner behind the start
-            here = walk[-1]
-            onward = [there for there in near[here] if there not in walk and len(near[there]) > 2]
-            if len(walk) > 1:           # every corner is a real turn
-                came = heading(city.corners[walk[-2]], city.corners[here])
-                onward = [t for t in onward if 24 <= abs(bend(
-                    came, heading(city.corners[here], city.corners[t]))) <= 156]
-            if not onward:
-                break
-            walk.append(onward[rng.integers(len(onward))])
-        if len(walk) <= wanted or not sights[walk[-1]] or tuple(walk) in known:
+    rng = np.random.default_rng([7, city.look.seed])
+    sights = [city.in_sight(corner, SIGHT) for corner in city.corners]
+    made = {}
+    while len(made) < city.look.routes:
+        walk = _draw_walk(city, rng)
+        if walk is None or walk in made or not sights[walk[-1]]:
             continue
-        known.add(tuple(walk))
-        away = np.hypot(*(city.spots - city.corners[walk[0]]).T)
-        first = city.corners[walk[1]] - city.corners[walk[0]]
-        on_street = np.abs((city.spots - city.corners[walk[0]]) @ (first[::-1] * (1, -1)))
-        on_street = on_street < 1.0 * np.hypot(*first)
-        ahead = (city.spots - city.corners[walk[0]]) @ first > 0
-        choice = np.flatnonzero(on_street & ahead & (away < 0.7 * np.hypot(*first)))
-        if not len(choice):
-            continue
-        start = city.spots[choice[rng.integers(len(choice))]]
-        points = [start] + [city.corners[i] for i in walk[1:]]
-        blocks, landmarks = [], []
-        faces = 0
-        for i, (a, b) in enumerate(zip(points, points[1:])):
-            last, goes = i + 2 == len(points), heading(a, b)
-            seen = sights[walk[i + 1]]
-            landmarks.append(None)
-            text = "No landmark nearby"
-            if seen:
-                text = f"{seen[0][2].name} is on your {_spatial(goes, seen[0][1])}"
-                landmarks[-1] = {"name": seen[0][2].name, "geocode": geocode(seen[0][2].at),
-                                 "place_types": [KIND_NAMES[seen[0][2].kind].lower()]}
-            blocks.append(f'\n{{\n"intersection_idx": "{i + 1}",\n'
-                          f'"landmarks": "{"The destination " if last else ""}{text}",\n'
-                          f'"distance": "{math.dist(a, b):.0f} meters",\n'
-                          f'"human_heading": "{faces}",\n'
-                          f'"to_next_intersection_heading": "{goes} ({compass_word(goes)})",\n}}\n')
+        first = city.between(*walk[:2])
+        start = first[rng.integers(1, max(2, int(0.7 * len(first))))]
+        points = [start] + [city.corners[corner] for corner in walk[1:]]
+        places, blocks, faces = [], "", 0
+        for i, corner in enumerate(walk[1:]):
+            goes, text, place = _heading(points[i], points[i + 1]), "No landmark nearby", None
+            if sights[corner]:      # the nearest place
+                _, bearing, place = sights[corner][0]
+                side = SIDES[round(bend(goes, bearing) / 90) % 4][0]
+                last = "The destination " if corner == walk[-1] else ""
+                text = f"{last}{place.name} is on your {side}"
+                place = {"name": place.name, "geocode": _geocode(place.at),
+                         "place_types": [PLACE_KINDS[place.kind].lower()]}
+            places.append(place)
+            blocks += (f'\n{{\n"intersection_idx": "{i + 1}",\n"landmarks": "{text}",\n'
+                       f'"distance": "{math.dist(points[i], points[i + 1]):.0f} meters",\n'
+                       f'"human_heading": "{faces}",\n'
+                       f'"to_next_intersection_heading": "{goes} ({compass_word(goes)})",\n}}\n')
             faces = goes
-        legs = [round(math.dist(a, b)) for a, b in zip(points, points[1:])]
-        made.append({
-            "start_place": {"name": "start", "geocode": geocode(start),
-                            "relocated_geocode": geocode(start)},
-            "dest_place": landmarks[-1] | {"relocated_geocode": geocode(points[-1])},
-            "route_results": {"geocode_list": [geocode(p) for p in points[1:]],
-                              "landmark_list": landmarks[:-1], "distance_list": legs,
-                              "distance": sum(legs), "n_landmarks": len(points) - 2},
-            "init_heading": 0, "instruction": "", "milestone_info": "".join(blocks)})
-    mapping = {tuple(geocode(spot)): f"{name}-{i:04d}" for i, spot in enumerate(city.spots)}
-    return [made, len(made)], mapping
+        made[walk] = {
+            "start_place": {"name": "start", "relocated_geocode": _geocode(start)},
+            "dest_place": places[-1] | {"relocated_geocode": _geocode(points[-1])},
+            "route_results": {"geocode_list": [_geocode(point) for point in points[1:]],
+                              "landmark_list": places[:-1], "n_landmarks": len(places) - 1},
+            "init_heading": 0, "milestone_info": blocks}
+    return [list(made.values()), len(made)]
 
 
-# Drawing -----------------------------------------------------------------------------------------
+# Drawing: every pixel of a panorama is a ray. Above the roof it is sky; between street and roof it
+# meets a house front at the distance that `cast` gives; below that it meets the ground.
 
 
 def _hash(*numbers):
@@ -1073,174 +1048,122 @@ def _sign(name, kind, style):
     """The sign of a place, (h, w, 4) uint8. Its colour tells the kind, its shape the city."""
     colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(kind / 12, 0.9 - 0.35 * (kind % 2),
                                                              0.85 - 0.25 * (kind % 3 == 2)))
-    size = (96, 128) if style == "banner" else (192, 76)
+    width, height = (128, 128) if style == "banner" else (192, 76)
     plate, ink = {"frame": ((246, 244, 236), colour), "neon": ((16, 16, 22), colour)}.get(
         style, (colour, (255, 255, 255)))
-    image = Image.new("RGBA", size, (0, 0, 0, 0))
+    image = Image.new("RGBA", (width, height), (0, 0, 0, 0))
     draw = ImageDraw.Draw(image)
-    box = (0, 0, size[0] - 1, size[1] - 1)
-    if style == "oval":
-        draw.ellipse(box, fill=plate, outline=(255, 255, 255), width=3)
-    else:
-        draw.rectangle(box, fill=plate, outline=ink, width=10 if style in ("frame", "neon") else 3)
+    shape = draw.ellipse if style == "oval" else draw.rectangle
+    shape((0, 0, width - 1, height - 1), fill=plate, outline=ink,
+          width=10 if style in ("frame", "neon") else 3)
     for line, word in enumerate(name.split()[:2]):
-        font = ImageFont.load_default(min(34, 1.55 * size[0] / (len(word) + 1.0)))
-        draw.text((size[0] / 2, size[1] * (0.31 + 0.38 * line)), word, ink, font, anchor="mm")
+        font = ImageFont.load_default(min(34, 1.6 * width / (len(word) + 1)))
+        draw.text((width / 2, height * (0.31 + 0.38 * line)), word, ink, font, anchor="mm")
     return np.asarray(image)
 
 
-def draw_panorama(name, index, width=512):
-    """The panorama at spot `index` of a generated city, column 0 to the north.
-
-    Returns (width / 2, width, 3) uint8. Every pixel is a ray: above the roof it is sky, between
-    street and roof it hits a house front at the distance that `cast` gives, below it is ground.
-    """
-    city, look = build_city(name), look_of(name)
-    above, horizon, light, ground, haze, lit = WEATHERS[look.weather]
-    spot, height = city.spots[index], width // 2
-    bearings = (np.arange(width) + 0.5) * 2 * math.pi / width
+def draw_panorama(city, spot, width=512):
+    """The panorama at a point (2,) of a City, column 0 to the north: (width / 2, width, 3) uint8."""
+    above, horizon, light, ground, haze, lit = WEATHERS[city.look.weather]
+    horizon, height = np.array(horizon), width // 2
+    bearings = (np.arange(width) + 0.5) * 2 * math.pi / width                          # (W,)
     slope = np.tan((0.5 - (np.arange(height) + 0.5) / height) * math.pi)[:, None]      # (H, 1)
-    distance, owner, front = cast(city, spot, bearings)
-    house = np.floor(front / 9)                                          # houses are 9 m wide
-    roof = STOREY * (2 + np.floor(4 * _hash(owner, house, look.seed)))
-    level = EYE + slope * distance                                       # (H, W) metres above ground
+    distance, owner, front = city.cast(spot, bearings)
+    level = EYE + slope * distance              # (H, W): where the ray meets the front, metres high
 
-    # sky
     up = np.clip(slope / 1.2, 0, 1)[..., None]
-    image = np.asarray(horizon) * (1 - up) + np.asarray(above) * up + np.zeros((height, width, 1))
+    image = horizon * (1 - up) + np.array(above) * up + np.zeros((height, width, 1))
 
-    # house fronts: wall, windows, ground floor; darker where they face away from the sun
-    hue = look.hue + 0.07 * (_hash(owner, house, 1) - 0.5)
-    shade = look.brightness * (0.8 + 0.35 * _hash(owner, house, 2))
-    walls = np.array([colorsys.hsv_to_rgb(h % 1, look.saturation, min(1, s))
-                      for h, s in zip(hue, shade)]) * 255                # (W, 3)
-    sunny = 0.86 + 0.14 * np.cos(bearings - 2.0)
-    wall = np.broadcast_to(walls * sunny[:, None], image.shape)
+    # houses are 9 m wide, with a colour and 2 to 5 storeys of their own, darker away from the sun
+    house = np.floor(front / 9)
+    roof = STOREY * (2 + np.floor(4 * _hash(owner, house, city.look.seed)))
+    hue, saturation, brightness = city.look.house
+    paint = np.array([colorsys.hsv_to_rgb((hue + h) % 1, saturation, min(1, brightness * b))
+                      for h, b in zip(0.07 * _hash(owner, house, 1) - 0.035,
+                                      0.8 + 0.35 * _hash(owner, house, 2))])           # (W, 3)
+    wall = np.broadcast_to(255 * paint * (0.86 + 0.14 * np.cos(bearings - 2))[:, None], image.shape)
     storey, inside = np.divmod(level / STOREY, 1)
     pane, beside = np.divmod(front / 2.25, 1)
-    window = (np.abs(beside - 0.5) < 0.24) & (np.abs(inside - 0.52) < 0.25)
-    glow = _hash(owner[None], pane[None], storey) < lit
-    glass = np.where(glow[..., None], (255, 214, 130), (64, 76, 92))
-    wall = np.where(window[..., None] & (storey >= 1)[..., None], glass, wall)
+    window = (np.abs(beside - 0.5) < 0.24) & (np.abs(inside - 0.52) < 0.25) & (storey >= 1)
+    glow = window & (_hash(owner[None], pane[None], storey) < lit)
+    wall = np.where(window[..., None], (64, 76, 92), wall)
     shop = (storey < 1) & (np.abs(beside - 0.5) < 0.4) & (inside < 0.78)
     wall = np.where(shop[..., None], (52, 58, 66), wall)
     edge = (np.abs(front / 9 - house - 0.5) > 0.485) | (level > roof - 0.35) | (
         (storey == 1) & (inside < 0.08))
-    wall = np.where(edge[..., None], wall * 0.6, wall)
-    lights = np.where(((window & (storey >= 1)) & glow)[..., None], 1.0, light)
-    image = np.where(((level >= 0) & (level <= roof))[..., None], wall * lights, image)
+    wall = np.where(edge[..., None], wall * 0.6, wall) * light
+    wall = np.where(glow[..., None], (255, 214, 130), wall)
+    image = np.where(((level >= 0) & (level <= roof))[..., None], wall, image)
 
-    # ground: a grey road with a broken middle line and zebra crossings, lighter pavements
+    # the ground: a road with a broken middle line and zebra crossings between lighter pavements
     rows, columns = np.nonzero(level < 0)
-    away = -EYE / slope[rows, 0]
-    point = spot + (away * np.stack([np.sin(bearings[columns]), np.cos(bearings[columns])])).T
-    colour = np.tile((96.0, 96.0, 100.0), (len(rows), 1))
-    close = np.flatnonzero(away < 45)
-    streets = np.flatnonzero(_street_distance(city, spot) < 60)
-    offset = point[close, None] - city.start[streets]                   # (M, S, 2)
+    reach = -EYE / slope[rows, 0]                                                      # (M,)
+    point = spot + reach[:, None] * np.stack([np.sin(bearings), np.cos(bearings)], 1)[columns]
+    close, streets = reach < 45, np.flatnonzero(city.away(spot) < 60)
+    offset = point[close, None] - city.start[streets]                                  # (M, S, 2)
     along = (offset * city.along[streets]).sum(-1)
     across = np.abs((offset * city.across[streets]).sum(-1))
-    length = city.length[streets]
-    on = (along > 0) & (along < length) & (across < 4.6)
-    discs = np.hypot(*(point[close, None] - city.corners[np.unique(city.streets[streets])]
-                       ).transpose(2, 0, 1)) < 6.5
-    road = on.any(1) | discs.any(1)
-    end = np.minimum(along, length - along)
-    zebra = (on & (end > 8.0) & (end < 11.0) & (across % 1.3 < 0.7)).any(1)
-    middle = (on & (end > 12.5) & (across < 0.14) & (along % 6 < 3)).any(1)
-    paving = 168 + 10 * _hash(np.floor(point[close, 0]), np.floor(point[close, 1]))
-    colour[close] = np.where(road[:, None], 84.0, paving[:, None])
-    colour[close] = np.where((zebra | middle)[:, None], 225.0, colour[close])
-    image[rows, columns] = np.minimum(colour * ground, 250)
+    end = np.minimum(along, city.length[streets] - along)       # to the nearer end of the street
+    road = (end > 0) & (across < 4.6)
+    corners = city.corners[np.unique(city.streets[streets])]
+    square = np.hypot(*np.moveaxis(point[close, None] - corners, -1, 0)) < 6.5
+    zebra = road & (end > 8) & (end < 11) & (across % 1.3 < 0.7)
+    middle = road & (end > 12.5) & (across < 0.14) & (along % 6 < 3)
+    grey = np.full(len(rows), 92.0)
+    grey[close] = np.where(road.any(1) | square.any(1), 84, 170)
+    grey[close] = np.where((zebra | middle).any(1), 225, grey[close])
+    image[rows, columns] = np.minimum(grey[:, None] * ground, 250)
 
-    # haze: far things take the colour of the horizon, half of it at `haze` metres
-    depth = np.where(level < 0, np.minimum(-EYE / np.minimum(slope, -1e-6), distance), distance)
-    clear = np.where(level > roof, 1.0, 0.5 ** (depth / haze))[..., None]
-    image = image * clear + np.asarray(horizon) * (1 - clear)
+    # haze: clear = 1/2 ** (depth / haze); what is not clear has the colour of the horizon
+    depth = np.where(level < 0, EYE / np.maximum(-slope, 1e-6), distance)
+    clear = np.where(level > roof, 1, 0.5 ** (np.minimum(depth, distance) / haze))[..., None]
+    image = image * clear + horizon * (1 - clear)
 
-    # signs: boards that face the walker, far ones first. Angle = size / distance, so they shrink
-    for away, bearing, place in reversed(_in_sight(city, spot, 70)):
-        sign = _sign(place.name, place.kind, look.sign)
-        wide = 3.4 if look.sign == "banner" else 5.6
-        tall = wide * sign.shape[0] / sign.shape[1]
-        half = math.degrees(math.atan2(wide / 2, max(away, 3)))
-        low, high = (math.degrees(math.atan2(z - EYE, max(away, 3))) for z in (3.0, 3.0 + tall))
-        box = [round((bearing + s * half) / 360 * width) for s in (-1, 1)]
-        top, bottom = (round((0.5 - angle / 180) * height) for angle in (high, low))
-        size = (max(1, box[1] - box[0]), max(1, bottom - top))
-        small = np.asarray(Image.fromarray(sign).resize(size, Image.Resampling.BOX), np.float64)
-        columns = np.arange(box[0], box[0] + size[0]) % width
-        area = np.ix_(np.arange(top, top + size[1]), columns)
-        alpha = small[..., 3:] / 255
-        paint = small[..., :3] * (1.0 if look.sign == "neon" else np.clip(light, 0.7, 1))
-        paint = paint * 0.5 ** (away / haze) + np.asarray(horizon) * (1 - 0.5 ** (away / haze))
-        image[area] = paint * alpha + image[area] * (1 - alpha)
+    # signs: boards that face the walker, far ones first; angle = atan(size / distance)
+    for metres_to, bearing, place in reversed(city.in_sight(spot, 70)):
+        sign = _sign(place.name, place.kind, city.look.sign)
+        wide, clear = 3.6 if sign.shape[0] == sign.shape[1] else 5.6, 0.5 ** (metres_to / haze)
+        tall, apart = wide * sign.shape[0] / sign.shape[1], max(metres_to, 3)
+        half = math.degrees(math.atan2(wide / 2, apart))
+        left, right = (round((bearing + side * half) / 360 * width) for side in (-1, 1))
+        top, bottom = (round((0.5 - math.atan2(z - EYE, apart) / math.pi) * height)
+                       for z in (3 + tall, 3))
+        size = (max(1, right - left), max(1, bottom - top))
+        board = np.asarray(Image.fromarray(sign).resize(size, Image.Resampling.BOX), np.float64)
+        area = np.ix_(np.arange(top, top + size[1]), np.arange(left, left + size[0]) % width)
+        glare = 1.0 if city.look.sign == "neon" else np.maximum(light, 0.7)
+        alpha = board[..., 3:] / 255
+        image[area] = image[area] * (1 - alpha) + alpha * (
+            board[..., :3] * glare * clear + horizon * (1 - clear))
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def draw_map(atlas, route, size=900):
-    """A map of the surroundings of a route: grey where panoramas stand (the streets), the walk in
-    red from its green start, with the landmarks. Works for any data. Returns a PIL image."""
-    points = np.array(route.points)
-    scale = np.array([1, math.cos(math.radians(points[0, 0]))]) * 111_320
-    middle = (points.min(0) + points.max(0)) / 2
-    reach = max(np.ptp(points, axis=0) * scale) / 2 + 90            # metres from middle to border
-    image = Image.new("RGB", (size, size), (233, 228, 216))
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(15)
-
-    def pixel(coordinate):
-        north, east = (np.asarray(coordinate) - middle) * scale / reach
-        return float(size / 2 * (1 + east)), float(size / 2 * (1 - north))
-
-    def dot(coordinate, radius, colour):
-        x, y = pixel(coordinate)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-
-    for coordinate in atlas.coordinates:
-        dot(coordinate, max(3, 7 * size / 2 / reach), (190, 190, 196))
-    draw.line([pixel(p) for p in points], fill=(205, 40, 40), width=4)
-    for i, point in enumerate(points):
-        dot(point, 9, (20, 130, 60) if i == 0 else (205, 40, 40))
-        x, y = pixel(point)
-        draw.text((x, y), str(i) if i else "S", (255, 255, 255), font, anchor="mm")
-    raw = atlas.infos[0][route.index]
-    for place in raw["route_results"].get("landmark_list", []) + [raw.get("dest_place")]:
-        if isinstance(place, dict) and "geocode" in place:
-            dot(place["geocode"], 4, (40, 70, 190))
-            x, y = pixel(place["geocode"])
-            draw.text((x + 7, y), str(place.get("name", "")), (20, 40, 130), font, anchor="lm")
-    return image
-
-
 def city_files(name, width=512):
-    """The `load` function of a generated city: what a folder would hold, without the folder."""
-    index = {}
+    """The `load` function of a generated city: what its folder would hold, made when asked for.
 
-    @functools.lru_cache(maxsize=None)
-    def plan():
-        infos, mapping = _routes(name)
-        index.update({ident: i for i, ident in enumerate(mapping.values())})
-        return {INFOS: json.dumps(infos).encode(), MAPPING: pickle.dumps(mapping, protocol=4)}
+    width: of the panoramas, pixels.
+    """
+    city = build_city(name)
+    index = {f"{name}-{i:04d}": i for i in range(len(city.spots))}
 
     @functools.lru_cache(maxsize=2048)
-    def picture(ident):
-        rotation = zlib.crc32(ident.encode()) % 360     # cameras are not mounted to the north
-        pixels = np.roll(draw_panorama(name, index[ident], width),
-                         round(rotation / 360 * width), axis=1)
-        stream = io.BytesIO()
-        Image.fromarray(pixels).save(stream, "JPEG", quality=88)
-        return stream.getvalue()
-
-    def load(file):
-        if file in plan():
-            return plan()[file]
+    def load(file, limit=None):
+        if file == INFOS:
+            return json.dumps(_routes(city)).encode()
+        if file == MAPPING:
+            return pickle.dumps({tuple(_geocode(city.spots[i])): ident
+                                 for ident, i in index.items()}, protocol=4)
         ident, _, kind = file.removeprefix("street_views/").partition(".")
         if ident not in index:
             raise RouteProblem(f"{name}/{file}", "no such file")
-        if kind == "jpg":
-            return picture(ident)
-        return json.dumps({"rotation": zlib.crc32(ident.encode()) % 360}).encode()
+        rotation = zlib.crc32(ident.encode()) % 360     # cameras are not mounted to the north
+        if kind != "jpg":
+            return json.dumps({"rotation": rotation}).encode()
+        pixels = draw_panorama(city, city.spots[index[ident]], width)
+        stream = io.BytesIO()
+        Image.fromarray(np.roll(pixels, round(rotation / 360 * width), axis=1)).save(
+            stream, "JPEG", quality=88)
+        return stream.getvalue()
 
     return load
 
@@ -1347,8 +1270,8 @@ def phrases():
                  *OTHER_SPACES, *sum(OTHER_MOVES, ()), *sum(OTHER_HISTORIES, ()),
                  *sum(OTHER_KEYS, ()), *sum(OTHER_NOTATIONS, ()), *VIRL_MESSAGES.values(),
                  *sum(VOCABULARIES.values(), ()), "The destination ", " is on your ", "; ", ", ",
-                 *(f" {kind}" for kind in KIND_NAMES), *(side for side, _ in SIDES),
-                 *sum((look.words for look in CITIES.values()), ())]
+                 *(f" {kind}" for kind in PLACE_KINDS), *(side for side, _ in SIDES),
+                 *WORDS]
     pieces = set()
     for template in templates:
         piece = ""
@@ -1364,6 +1287,41 @@ def phrases():
 # ------------------------------------------------------------------------------------------------
 # Walk in the terminal
 # ------------------------------------------------------------------------------------------------
+
+
+def draw_map(atlas, route, size=900):
+    """A map of the surroundings of a route: grey where panoramas stand (the streets), the walk in
+    red from its green start, with the landmarks. Works for any data. Returns a PIL image."""
+    points = np.array(route.points)
+    scale = np.array([1, math.cos(math.radians(points[0, 0]))]) * 111_320
+    middle = (points.min(0) + points.max(0)) / 2
+    reach = max(np.ptp(points, axis=0) * scale) / 2 + 90            # metres from middle to border
+    image = Image.new("RGB", (size, size), (233, 228, 216))
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(15)
+
+    def pixel(coordinate):
+        north, east = (np.asarray(coordinate) - middle) * scale / reach
+        return float(size / 2 * (1 + east)), float(size / 2 * (1 - north))
+
+    def dot(coordinate, radius, colour):
+        x, y = pixel(coordinate)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+    for coordinate in atlas.coordinates:
+        dot(coordinate, max(3, 7 * size / 2 / reach), (190, 190, 196))
+    draw.line([pixel(p) for p in points], fill=(205, 40, 40), width=4)
+    for i, point in enumerate(points):
+        dot(point, 9, (20, 130, 60) if i == 0 else (205, 40, 40))
+        x, y = pixel(point)
+        draw.text((x, y), str(i) if i else "S", (255, 255, 255), font, anchor="mm")
+    raw = atlas.infos[0][route.index]
+    for place in raw["route_results"].get("landmark_list", []) + [raw.get("dest_place")]:
+        if isinstance(place, dict) and "geocode" in place:
+            dot(place["geocode"], 4, (40, 70, 190))
+            x, y = pixel(place["geocode"])
+            draw.text((x + 7, y), str(place.get("name", "")), (20, 40, 130), font, anchor="lm")
+    return image
 
 
 def save_pictures(env, folder):
