@@ -387,12 +387,12 @@ def read_action(text, words):
     """
     if len(text) > MAX_ACTION:
         return None
-    match = _ACTION.fullmatch(" ".join(re.sub("[\"'`]", " ", text.lower()).split()))
+    match = _ACTION.fullmatch(" ".join(re.sub("[\"'`]", "", text.lower()).split()))
     if match is None:
         return None
     if match.group(1):
         return match.group(1) + "()"
-    bare = {re.sub(r"[\s_-]", "", word): word for word in words}
+    bare = {re.sub(r"[\s'_-]", "", word): word for word in words}     # 3 o'clock -> 3oclock
     word = bare.get(re.sub(r"[\s_-]", "", match.group(2)))
     return word and f"turn_direction({word})"
 

@@ -246,13 +246,6 @@ def folder_files(folder):
     return load
 
 
-def _load_json(load, name, where):
-    try:
-        return json.loads(load(name))
-    except (ValueError, RecursionError) as error:
-        raise RouteProblem(f"{where}/{name}", f"not valid JSON ({error})") from None
-
-
 def _load_mapping(load, where):
     """{(latitude, longitude): panorama id} -> coordinates (P, 2) float64 and P ids."""
     file = f"{where}/{MAPPING}"
@@ -265,9 +258,9 @@ def _load_mapping(load, where):
     if not isinstance(mapping, dict) or not mapping:
         raise RouteProblem(file, "not a dict of coordinates and panorama ids")
     for key, value in mapping.items():
-        if not (isinstance(key, tuple) and len(key) == 2 and all(
-                type(k) is float and math.isfinite(k) for k in key) and isinstance(value, str)):
-            raise RouteProblem(file, f"{str(key)[:60]} must be two floats, its value a text")
+        if not (isinstance(key, tuple) and [type(part) for part in key] == [float, float]
+                and all(map(math.isfinite, key)) and isinstance(value, str)):
+            raise RouteProblem(file, "a key is not two floats, or its value not a text")
         # The id becomes part of a file's name: it must not lead out of the folder.
         if not re.fullmatch(r"[\w:=-][\w.:=-]{0,99}", value):
             raise RouteProblem(file, f"{value[:60]!r} is not a panorama id")
@@ -310,16 +303,23 @@ class Atlas:
         self.load, self.where = load, where
         self.coordinates, self.ids = _load_mapping(load, where)
         self._exact = {tuple(c): i for i, c in enumerate(self.coordinates.tolist())}
-        self.infos = _load_json(load, INFOS, where)
-        if not (isinstance(self.infos, list) and self.infos and isinstance(self.infos[0], list)):
-            raise RouteProblem(f"{where}/{INFOS}", "the top level must be [list of routes, number]")
-        if not self.infos[0]:
-            raise RouteProblem(f"{where}/{INFOS}", "there are no routes in it")
+        try:
+            self.infos = json.loads(load(INFOS))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, RouteProblem):
+                raise
+            raise RouteProblem(f"{where}/{INFOS}", f"not valid JSON ({error})") from None
+        if not (isinstance(self.infos, list) and self.infos and isinstance(self.infos[0], list)
+                and self.infos[0]):
+            raise RouteProblem(f"{where}/{INFOS}", "it must be [[route, ...], number]")
         self.routes = [self._read(i, raw) for i, raw in enumerate(self.infos[0])]
-        self._panorama = functools.lru_cache(maxsize=256)(self._read_panorama)
+        # each panorama that a rail can visit: a route that does
+        self.visited = {name: route.index for route in reversed(self.routes)
+                        for name in route.panoramas + sum(route.between, ())}
+        self.panorama = functools.lru_cache(maxsize=256)(self._panorama)
         if pictures:        # now, rather than in the middle of a night of training
-            for name, index in self.visited().items():
-                self._files(name, index, peek=True)
+            for name in self.visited:
+                self._street_view(name, 2)
 
     def __len__(self):
         return len(self.routes)
@@ -349,8 +349,8 @@ class Atlas:
         if len(points) < 2:
             raise problem("geocode_list is empty")
         blocks = parse_milestones(text) if isinstance(text, str) else []
-        if not blocks:
-            raise problem("milestone_info is empty")
+        if not blocks or not all(block.get("landmarks", "?") for block in blocks):
+            raise problem("milestone_info, or the landmarks in it, are empty")
         if len(blocks) != len(points) - 1:
             raise problem(f"milestone_info has {len(blocks)} blocks for {len(points) - 1} points")
         headings, words, landmarks = [], [], [NOTHING]
@@ -363,9 +363,8 @@ class Atlas:
                 raise problem(f"unknown heading word {match.group(2)[:40]!r}")
             headings.append(int(match.group(1)) % 360)
             words.append(match.group(2))
-            seen = " ".join(block.get("landmarks", "").split()).rstrip(".")
-            landmarks.append(NOTHING if not seen or seen.lower().startswith("no landmark")
-                             else seen)
+            seen = " ".join(block.get("landmarks", "no landmark").split()).rstrip(".")
+            landmarks.append(NOTHING if seen.lower().startswith("no landmark") else seen)
         places = [self._nearest(point) for point in points]
         if None in places:
             point = points[places.index(None)]
@@ -385,47 +384,40 @@ class Atlas:
 
     def _between(self, start, end):
         """Panorama ids on a leg, before any is dropped: the rail as the released code lays it."""
-        found = []
-        if metres(start, end) > SHORT_LEG:
-            for i in range(1, POINTS_BETWEEN + 1):
-                share = i / POINTS_BETWEEN
-                at = self._nearest(tuple(a + (b - a) * share for a, b in zip(start, end)))
-                if at is None or self.ids[at] in found:     # the same spot twice is no step forward
-                    continue
-                here = self.coordinates[at]
-                if min(metres(start, here), metres(end, here)) > NEAR_END:
-                    found.append(self.ids[at])
+        found = {}      # a dict keeps order: the same spot twice would be no step forward
+        for i in range(1, POINTS_BETWEEN + 1) if metres(start, end) > SHORT_LEG else ():
+            share = i / POINTS_BETWEEN
+            at = self._nearest(tuple(a + (b - a) * share for a, b in zip(start, end)))
+            if at is not None and min(metres(start, self.coordinates[at]),
+                                      metres(end, self.coordinates[at])) > NEAR_END:
+                found[self.ids[at]] = True
         return tuple(found)
 
-    def visited(self):
-        """{panorama id: number of a route that can visit it}."""
-        return {name: route.index for route in reversed(self.routes)
-                for name in route.panoramas + sum(route.between, ())}
-
-    def panorama(self, name, route=None):
-        """(pixels (H, W, 3) uint8, rotation in degrees) of a panorama. Raises RouteProblem."""
-        return self._panorama(name, route)
-
-    def _files(self, name, route, peek=False):
-        """(bytes of the picture, rotation). peek: only the first bytes of the picture."""
-        file = f"{self.where}/street_views/{name}"
+    def _street_view(self, name, limit=-1):
+        """(the first `limit` bytes of the picture, or all; rotation) of a panorama."""
+        file = f"street_views/{name}.metadata.json"
         try:
-            rotation = json.loads(self.load(f"street_views/{name}.metadata.json"))["rotation"]
+            rotation = json.loads(self.load(file))["rotation"]
             if isinstance(rotation, bool) or not math.isfinite(rotation):
                 raise ValueError
-            return self.load(f"street_views/{name}.jpg", *([2] if peek else [])), float(rotation)
+            return self.load(f"street_views/{name}.jpg", limit), float(rotation)
         except RouteProblem as error:
-            raise RouteProblem(error.file, error.what, route) from None
+            raise RouteProblem(error.file, error.what, self.visited.get(name)) from None
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise RouteProblem(f"{file}.metadata.json", "it gives no rotation", route) from None
+            raise RouteProblem(f"{self.where}/{file}", "it gives no rotation",
+                               self.visited.get(name)) from None
 
-    def _read_panorama(self, name, route):
-        data, rotation = self._files(name, route)
+    def _panorama(self, name):
+        """(pixels (H, W, 3) uint8, rotation in degrees) of a panorama. Raises RouteProblem.
+
+        `panorama`, made above, is this with a memory of the last 256.
+        """
+        data, rotation = self._street_view(name)
         try:
             return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), rotation
         except Exception as error:      # a damaged picture, too, can raise nearly anything
             raise RouteProblem(f"{self.where}/street_views/{name}.jpg", f"not a picture ({error})",
-                               route) from None
+                               self.visited.get(name)) from None
 
 
 @functools.lru_cache(maxsize=64)
@@ -436,15 +428,14 @@ def open_atlas(where, pictures=False):
     """
     if look_of(where):
         return Atlas(city_files(where), where)
-    if not (pathlib.Path(where) / INFOS).exists():
-        raise RouteProblem(f"{where}/{INFOS}", "no such file, and no generated city of that name "
-                           f"({', '.join(CITIES)})")
+    if not pathlib.Path(where).is_dir():
+        raise RouteProblem(where, f"neither a folder nor a city ({', '.join(CITIES)}, wild-N)")
     return Atlas(folder_files(where), str(where), pictures)
 
 
 @functools.lru_cache(maxsize=64)
 def split_routes(count, split):
-    """Numbers of the routes in a split: 70 % train, 10 % val, 20 % test of `count`, by a fixed seed.
+    """Numbers of the routes in a split: of `count`, 70 % train, 10 % val, 20 % test, by a fixed seed.
 
     "all" is the paper's setting: no route is held out. Raises RouteProblem if none is left.
     """
@@ -453,7 +444,7 @@ def split_routes(count, split):
     found = {"test": order[:test], "val": order[test:test + val], "train": order[test + val:],
              "all": range(count)}[split]
     if not found:
-        raise RouteProblem(INFOS, f"{count} routes are too few for a {split} split; use --split all")
+        raise RouteProblem(INFOS, f"{count} routes are too few to split: use --split all")
     return sorted(found)
 
 
@@ -710,8 +701,8 @@ class Navigation:
     def _arrive(self):
         image = None
         if self.picture:
-            image = four_views(*self.atlas.panorama(self.position.panorama, self.route.index),
-                               self.position.heading, self.picture)
+            image = four_views(*self.atlas.panorama(self.position.panorama), self.position.heading,
+                               self.picture)
         text = write_prompt(self.steps, write_space(self.vocabulary), self.past, self.position,
                             bool(self.picture))
         return {"text": text, "image": image, "new_conversation": True}
@@ -1147,7 +1138,7 @@ def city_files(name, width=512):
     index = {f"{name}-{i:04d}": i for i in range(len(city.spots))}
 
     @functools.lru_cache(maxsize=2048)
-    def load(file, limit=None):
+    def load(file, limit=-1):
         if file == INFOS:
             return json.dumps(_routes(city)).encode()
         if file == MAPPING:
@@ -1168,14 +1159,14 @@ def city_files(name, width=512):
     return load
 
 
-def write_city(name, folder, pictures=True, progress=None):
-    """Write a generated city as files in the released format; with pictures it takes a minute."""
-    atlas, folder = open_atlas(name), pathlib.Path(folder)
+def write_city(name, folder, width=512, progress=None):
+    """Write a generated city as files in the released format, panoramas included: about a minute."""
+    load, folder = city_files(name, width), pathlib.Path(folder)
+    files = [INFOS, MAPPING] + [f"street_views/{ident}{end}" for ident in Atlas(load, name).visited
+                                for end in (".jpg", ".metadata.json")]
     (folder / "street_views").mkdir(parents=True, exist_ok=True)
-    files = [INFOS, MAPPING] + [f"street_views/{ident}{end}" for ident in atlas.visited()
-                                for end in (".jpg", ".metadata.json") if pictures]
     for i, file in enumerate(files):
-        (folder / file).write_bytes(atlas.load(file))
+        (folder / file).write_bytes(load(file))
         if progress:
             progress(i + 1, len(files))
 
@@ -1239,7 +1230,7 @@ def _backbone_conversation(rng, atlas, picture):
                           bool(picture), pick(OTHER_PROMPTS), ask, keys, history)
     image = None
     if picture:
-        image = four_views(*atlas.panorama(here.panorama, route.index), here.heading, picture)
+        image = four_views(*atlas.panorama(here.panorama), here.heading, picture)
 
     def say(seen, move):
         return write_answer(seen, steps[here.step].strip(), move, notation, keys)
@@ -1330,7 +1321,7 @@ def save_pictures(env, folder):
     folder.mkdir(parents=True, exist_ok=True)
     draw_map(env.atlas, env.route).save(folder / "map.png")
     for i, position in enumerate(env.rail):
-        pixels, rotation = env.atlas.panorama(position.panorama, env.route.index)
+        pixels, rotation = env.atlas.panorama(position.panorama)
         four_views(pixels, rotation, position.heading, (1200, 1200)).save(
             folder / f"view-{i + 1:02d}-{position.kind.replace(' ', '-')}.png")
     Image.fromarray(pixels).save(folder / "panorama-of-the-end.png")
