@@ -104,14 +104,14 @@ OTHER_PROMPTS = (
 )
 OTHER_TURNS = (
     "{n}. Turn {relative} ({clock}, {arrows}), to face {compass}.\n",
-    "{n}. {arrows} Face {compass}: turn {relative}, at {clock}.\n",
+    "{n}. Go {arrows} and face {compass}: turn {relative}, at {clock}.\n",
     "{n}. At {clock} turn {relative} {arrows} until you look {compass}.\n",
 )
 OTHER_ONS = ((ON, ARRIVE),
              ("{n}. Walk to the next crossing. {landmarks}.\n",
               "{n}. Walk to the goal. {landmarks}.\n"),
              ("{n}. Straight on until: {landmarks}.\n", "{n}. Straight on, to the goal: {landmarks}.\n"))
-OTHER_SPACES = (SPACE, "{stop}, or {go}, or {turn} with x from {words}.",
+OTHER_SPACES = (SPACE, "{stop}, or {go}, or {turn} with x from {words}",
                 "use {turn} ({words}), {go} and {stop} only")
 OTHER_MOVES = (MOVES, MOVES, ("walk()", "face({x})", "end()"), ("go", "turn {x}", "halt"),
                ("ahead", "look {x}", "here"))
@@ -766,13 +766,13 @@ CITIES = {      # the first is the training city, the others are the visual OOD 
                   "Dragon Jade Bamboo Silk Crane Pearl Tiger Ginger Phoenix Lychee"),
     "Fenn": Look(6, "bricks", (0.09, 0.10, 0.90), "frame", "fog",
                  "Gondola Fresco Olive Basil Duomo Lira Viola Marble Cypress Corso"),
-    "Gale": Look(7, "rings", (0.92, 0.40, 0.78), "oval", "dusk",
+    "Gale": Look(7, "rings", (0.92, 0.40, 0.78), "banner", "dusk",
                  "Tango Pampas Gaucho Malbec Condor Andes Bolero Cactus Puma Sierra"),
-    "Hollis": Look(8, "loose", (0.50, 0.45, 0.75), "plate", "overcast",
+    "Hollis": Look(8, "loose", (0.50, 0.60, 0.80), "oval", "sunny",
                    "Koala Reef Wattle Banksia Possum Lagoon Surf Opal Boomer Coral"),
-    "Istra": Look(9, "grid", (0.78, 0.25, 0.82), "banner", "sunny",
+    "Istra": Look(9, "grid", (0.78, 0.45, 0.88), "plate", "overcast",
                   "Cable Redwood Prairie Gold Sunset Dolphin Vista Mesa Canyon Pacific"),
-    "Juno": Look(10, "bricks", (0.20, 0.70, 0.72), "neon", "dust",
+    "Juno": Look(10, "bricks", (0.20, 0.70, 0.85), "neon", "dust",
                  "Baobab Drum Cocoa Kola Savanna Zebra Marula Cassava Ebony Acacia"),
 }
 WORDS = tuple(word for look in CITIES.values() for word in look.words.split())
