@@ -9,18 +9,18 @@ Paper: arXiv 2501.17161, section 4.2 and appendix B. The knob that the whole pro
 Each step names BOTH words ("turn left, to face northwest"), and the prompt lists the legal ones. A
 model that READS the list transfers; one that has memorised "copy the compass word" fails.
 
-What happens in an episode (`Navigation`):
+How it works; the same numbers stand over the parts of this file:
   1. read routes in the format of the paper's released data, and check every one
-  2. draw a route of the split; turn the walker to a random heading
-  3. lay the rail: start, points along the way (each kept with probability 1/2), crossings, end
-  4. the prompt: the steps, the legal actions, all that was seen and done, what is seen now
-  5. for street view: crop a panorama to front, right / back, left
-  6. step(answer) asks verifier.py; a wrong action is never carried out, the message comes back
-  7. a right action moves on along the rail, and a FRESH conversation begins there
-  8. it ends at stop() (terminated) or when a position has used up its `tries` (truncated)
-
-The default data needs no download: ten cities are grown from seeds (part 6 below) and written in
-that same format, so that both kinds of data pass through the same lines.
+  2. lay the rail: start, points along the way (each kept with probability 1/2), crossings, end
+  3. for street view: crop a panorama to front, right / back, left
+  4. write the prompt: steps, legal actions, all that was seen and done, what is seen now
+  5. step(answer) asks verifier.py; a wrong action is never carried out, the message comes back;
+     a right one moves on along the rail, and a FRESH conversation begins there; the walk ends at
+     stop() (terminated) or when a position has used up its `tries` (truncated)
+  6. grow cities from seeds, ten of them, and write them in that same format: no download needed,
+     and both kinds of data pass through the same lines
+  7. draw the street views of those cities
+  8. text to train on: expert answers for SFT, a broad corpus for the small backbone
 
 Symbols: north is 0 degrees, east 90. N points of a route after its start, S streets, W x H pixels.
 Positions in a generated city are (x, y) in metres, x to the east and y to the north.
@@ -107,10 +107,11 @@ OTHER_TURNS = (
     "{n}. Go {arrows} and face {compass}: turn {relative}, at {clock}.\n",
     "{n}. At {clock} turn {relative} {arrows} until you look {compass}.\n",
 )
-OTHER_ONS = ((ON, ARRIVE),
-             ("{n}. Walk to the next crossing. {landmarks}.\n",
-              "{n}. Walk to the goal. {landmarks}.\n"),
-             ("{n}. Straight on until: {landmarks}.\n", "{n}. Straight on, to the goal: {landmarks}.\n"))
+OTHER_ONS = (
+    (ON, ARRIVE),
+    ("{n}. Walk to the next crossing. {landmarks}.\n", "{n}. Walk to the goal. {landmarks}.\n"),
+    ("{n}. Straight on until: {landmarks}.\n", "{n}. Straight on, to the goal: {landmarks}.\n"),
+)
 OTHER_SPACES = (SPACE, "{stop}, or {go}, or {turn} with x from {words}",
                 "use {turn} ({words}), {go} and {stop} only")
 OTHER_MOVES = (MOVES, MOVES, ("walk()", "face({x})", "end()"), ("go", "turn {x}", "halt"),
@@ -219,6 +220,7 @@ class Route:
     words: tuple            # (N,) the compass word that the data gives for it
     landmarks: tuple        # what is to be seen at each point; NOTHING at the start
     between: tuple          # (N,) panorama ids of the points that the rail may visit on each leg
+    places: tuple           # (name, coordinates) of the landmarks, for the map only
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -226,10 +228,8 @@ class _PlainUnpickler(pickle.Unpickler):
     unpickling would import and CALL it, which is how a data file runs code on your machine."""
 
     def find_class(self, module, name):
+        """Refuse."""
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run code")
-
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to objects outside the file")
 
 
 def folder_files(folder):
@@ -304,15 +304,14 @@ class Atlas:
         self.coordinates, self.ids = _load_mapping(load, where)
         self._exact = {tuple(c): i for i, c in enumerate(self.coordinates.tolist())}
         try:
-            self.infos = json.loads(load(INFOS))
+            infos = json.loads(load(INFOS))
         except (ValueError, RecursionError) as error:
             if isinstance(error, RouteProblem):
                 raise
             raise RouteProblem(f"{where}/{INFOS}", f"not valid JSON ({error})") from None
-        if not (isinstance(self.infos, list) and self.infos and isinstance(self.infos[0], list)
-                and self.infos[0]):
+        if not (isinstance(infos, list) and infos and isinstance(infos[0], list) and infos[0]):
             raise RouteProblem(f"{where}/{INFOS}", "it must be [[route, ...], number]")
-        self.routes = [self._read(i, raw) for i, raw in enumerate(self.infos[0])]
+        self.routes = [self._read(i, raw) for i, raw in enumerate(infos[0])]
         # each panorama that a rail can visit: a route that does
         self.visited = {name: route.index for route in reversed(self.routes)
                         for name in route.panoramas + sum(route.between, ())}
@@ -341,6 +340,10 @@ class Atlas:
             points = [raw["start_place"]["relocated_geocode"], *results["geocode_list"]]
             points = [(float(latitude), float(longitude)) for latitude, longitude in points]
             text, heading = raw["milestone_info"], int(raw.get("init_heading", 0))
+            places = [place for place in [*results.get("landmark_list", []), raw.get("dest_place")]
+                      if place and "geocode" in place]
+            places = tuple((str(place.get("name")), tuple(map(float, place["geocode"])))
+                           for place in places)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             kind = "missing field" if isinstance(error, KeyError) else "wrong type:"
             raise problem(f"{kind} {error}") from None
@@ -364,15 +367,16 @@ class Atlas:
             headings.append(int(match.group(1)) % 360)
             words.append(match.group(2))
             seen = " ".join(block.get("landmarks", "no landmark").split()).rstrip(".")
+            seen = seen.replace('"', "'").replace("\\", "/")    # so that answers stay JSON
             landmarks.append(NOTHING if seen.lower().startswith("no landmark") else seen)
-        places = [self._nearest(point) for point in points]
-        if None in places:
-            point = points[places.index(None)]
+        spots = [self._nearest(point) for point in points]
+        if None in spots:
+            point = points[spots.index(None)]
             raise problem(f"no panorama within {REACH:.0f} m of {point} in {MAPPING}")
-        points = [tuple(self.coordinates[i].tolist()) for i in places]
-        return Route(index, heading % 360, tuple(points), tuple(self.ids[i] for i in places),
+        points = [tuple(self.coordinates[i].tolist()) for i in spots]
+        return Route(index, heading % 360, tuple(points), tuple(self.ids[i] for i in spots),
                      tuple(headings), tuple(words), tuple(landmarks),
-                     tuple(map(self._between, points, points[1:])))
+                     tuple(map(self._between, points, points[1:])), places)
 
     def _nearest(self, point):
         """Index of the panorama at a coordinate: the exact key, else the nearest within REACH."""
@@ -435,7 +439,7 @@ def open_atlas(where, pictures=False):
 
 @functools.lru_cache(maxsize=64)
 def split_routes(count, split):
-    """Numbers of the routes in a split: of `count`, 70 % train, 10 % val, 20 % test, by a fixed seed.
+    """Numbers of the routes in a split: 70 % train, 10 % val, 20 % test, by a fixed seed.
 
     "all" is the paper's setting: no route is held out. Raises RouteProblem if none is left.
     """
@@ -449,7 +453,7 @@ def split_routes(count, split):
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. The rail: the positions that an episode visits
+# 2. The rail: the positions that an episode visits
 # ------------------------------------------------------------------------------------------------
 
 KINDS = ("first turn", "later turn", "forward", "stop")     # the paper's action types, turns apart
@@ -518,7 +522,7 @@ def right_action(route, position, vocabulary, paper_bearings=False, moves=MOVES)
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Views
+# 3. Views
 # ------------------------------------------------------------------------------------------------
 
 SIDES = (("front", 0), ("right", 90), ("back", 180), ("left", 270))     # reading order, 2 x 2
@@ -571,7 +575,7 @@ def four_views(pixels, rotation, heading, size):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4, 6 to 8. Prompt, expert, environment
+# 4 and 5. Prompt, expert, environment
 # ------------------------------------------------------------------------------------------------
 
 
@@ -709,8 +713,8 @@ class Navigation:
 
 
 # ------------------------------------------------------------------------------------------------
-# A city of its own. `city_files` is a `load` function like a folder's: the same reading code, the
-# same episodes, whether or not the city was ever written to disk.
+# 6. Cities of our own. `city_files` is a `load` function like a folder's: the same reading code and
+# the same episodes, whether or not the city was ever written to disk.
 #
 #   a. corners: points of a bent lattice, shifted at random
 #   b. streets: the Gabriel graph (join two corners if no third lies in the circle between them):
@@ -953,7 +957,9 @@ class City:
 
 @functools.lru_cache(maxsize=32)
 def build_city(name):
-    """The City of a name that `look_of` knows. Deterministic."""
+    """The City of a name that `look_of` knows, deterministic. Raises RouteProblem for others."""
+    if look_of(name) is None:
+        raise RouteProblem(name, f"not a generated city ({', '.join(CITIES)}, wild-N)")
     return City(look_of(name))
 
 
@@ -1020,8 +1026,11 @@ def _routes(city):
     return [list(made.values()), len(made)]
 
 
-# Drawing: every pixel of a panorama is a ray. Above the roof it is sky; between street and roof it
-# meets a house front at the distance that `cast` gives; below that it meets the ground.
+# ------------------------------------------------------------------------------------------------
+# 7. Drawing. Every pixel of a panorama is a ray. Above the roof it is sky; between street and roof
+# it meets a house front at the distance that `cast` gives; below that it meets the ground. All
+# W x H rays are worked out at once.
+# ------------------------------------------------------------------------------------------------
 
 
 def _hash(*numbers):
@@ -1054,7 +1063,10 @@ def _sign(name, kind, style):
 
 
 def draw_panorama(city, spot, width=512):
-    """The panorama at a point (2,) of a City, column 0 to the north: (width / 2, width, 3) uint8."""
+    """The panorama at a point (2,) of a City, column 0 to the north.
+
+    Returns (width / 2, width, 3) uint8. About 75 ms at width 512.
+    """
     above, horizon, light, ground, haze, lit = WEATHERS[city.look.weather]
     horizon, height = np.array(horizon), width // 2
     bearings = (np.arange(width) + 0.5) * 2 * math.pi / width                          # (W,)
@@ -1138,15 +1150,13 @@ def city_files(name, width=512):
     index = {f"{name}-{i:04d}": i for i in range(len(city.spots))}
 
     @functools.lru_cache(maxsize=2048)
-    def load(file, limit=-1):
+    def make(file):
         if file == INFOS:
             return json.dumps(_routes(city)).encode()
         if file == MAPPING:
             return pickle.dumps({tuple(_geocode(city.spots[i])): ident
                                  for ident, i in index.items()}, protocol=4)
         ident, _, kind = file.removeprefix("street_views/").partition(".")
-        if ident not in index:
-            raise RouteProblem(f"{name}/{file}", "no such file")
         rotation = zlib.crc32(ident.encode()) % 360     # cameras are not mounted to the north
         if kind != "jpg":
             return json.dumps({"rotation": rotation}).encode()
@@ -1156,11 +1166,11 @@ def city_files(name, width=512):
             stream, "JPEG", quality=88)
         return stream.getvalue()
 
-    return load
+    return lambda file, limit=-1: make(file)
 
 
 def write_city(name, folder, width=512, progress=None):
-    """Write a generated city as files in the released format, panoramas included: about a minute."""
+    """Write a generated city as files in the released format, pictures included: two minutes."""
     load, folder = city_files(name, width), pathlib.Path(folder)
     files = [INFOS, MAPPING] + [f"street_views/{ident}{end}" for ident in Atlas(load, name).visited
                                 for end in (".jpg", ".metadata.json")]
@@ -1172,7 +1182,7 @@ def write_city(name, folder, width=512, progress=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# Training text: expert conversations for SFT, a broad corpus for the small backbone.
+# 8. Training text: expert conversations for SFT, a broad corpus for the small backbone.
 # A conversation is a list of {"role", "content", "learn"}; the loss falls on turns with learn=True.
 # With pictures the first turn also has "image".
 # ------------------------------------------------------------------------------------------------
@@ -1185,14 +1195,13 @@ def expert_conversation(rng, **how):
     """
     env = Navigation(**how)
     observation, _ = env.reset(int(rng.integers(2 ** 62)), position=float(rng.random()))
-    return _conversation(observation["text"], observation["image"], env.expert_answer())
+    return [_turn("user", observation["text"], image=observation["image"]),
+            _turn("assistant", env.expert_answer(), learn=True)]
 
 
-def _conversation(prompt, image, answer, middle=()):
-    first = {"role": "user", "content": prompt, "learn": False}
-    if image is not None:
-        first["image"] = image
-    return [first, *middle, {"role": "assistant", "content": answer, "learn": True}]
+def _turn(role, content, learn=False, image=None):
+    turn = {"role": role, "content": content, "learn": learn}
+    return turn if image is None else turn | {"image": image}
 
 
 def backbone_conversations(rng, count, picture=None, cities=8):
@@ -1216,53 +1225,46 @@ def _backbone_conversation(rng, atlas, picture):
     at = int(rng.integers(len(rail)))
     if rng.random() < 0.5:
         at = pick([i for i, position in enumerate(rail) if position.kind != "forward"])
+    here = rail[at]
     # Three in ten name just the two words that the task names, and so allow just these two.
     both = rng.random() < 0.3
     vocabulary = pick(sorted(RULES.values()) if both else sorted(VOCABULARIES))
-    turn, (on, arrive) = TURN if both else pick(OTHER_TURNS), pick(OTHER_ONS)
-    moves, history, (ask, notation) = pick(OTHER_MOVES), pick(OTHER_HISTORIES), pick(OTHER_NOTATIONS)
-    keys = [pick(names) for names in OTHER_KEYS]
+    words, turn = VOCABULARIES[vocabulary], TURN if both else pick(OTHER_TURNS)
+    (on, arrive), moves, history = pick(OTHER_ONS), pick(OTHER_MOVES), pick(OTHER_HISTORIES)
+    space = write_space(vocabulary, pick(OTHER_SPACES), moves)
+    (ask, notation), keys = pick(OTHER_NOTATIONS), [pick(names) for names in OTHER_KEYS]
     steps = write_steps(route, heading, turn=turn, on=on, arrive=arrive)
     past = [(position.observation, right_action(route, position, vocabulary, moves=moves))
             for position in rail[:at]]
-    here = rail[at]
-    prompt = write_prompt(steps, write_space(vocabulary, pick(OTHER_SPACES), moves), past, here,
-                          bool(picture), pick(OTHER_PROMPTS), ask, keys, history)
-    image = None
-    if picture:
-        image = four_views(*atlas.panorama(here.panorama), here.heading, picture)
 
-    def say(seen, move):
-        return write_answer(seen, steps[here.step].strip(), move, notation, keys)
+    def say(seen, action):
+        return write_answer(seen, steps[here.step].strip(), action, notation, keys)
 
-    middle = []
-    if rng.random() < 0.25:
-        other = pick(rail)                      # what it sees, and does, belongs somewhere else
-        seen = other.observation if rng.random() < 0.3 else here.observation
-        word = pick(VOCABULARIES[vocabulary])
-        which = int(rng.integers(3))
-        wrong, right = MOVES[which].format(x=word), right_action(route, here, vocabulary)
-        verdict = verify_virl(write_answer(seen, "", wrong), right, here.observation,
-                              VOCABULARIES[vocabulary])
+    image = picture and four_views(*atlas.panorama(here.panorama), here.heading, picture)
+    prompt = write_prompt(steps, space, past, here, bool(picture), pick(OTHER_PROMPTS), ask, keys,
+                          history)
+    talk = [_turn("user", prompt, image=image)]
+    if rng.random() < 0.25:     # a wrong try: another action, sometimes what is seen elsewhere
+        seen = pick(rail).observation if rng.random() < 0.3 else here.observation
+        which, word = int(rng.integers(3)), pick(words)
+        verdict = verify_virl(write_answer(seen, "", MOVES[which].format(x=word)),
+                              right_action(route, here, vocabulary), here.observation, words)
         if not verdict.correct:
-            middle = [{"role": "assistant", "content": say(seen, moves[which].format(x=word)),
-                       "learn": False},
-                      {"role": "user", "content": RETRY.format(message=verdict.message),
-                       "learn": False}]
-    return _conversation(prompt, image,
-                         say(here.observation, right_action(route, here, vocabulary, moves=moves)),
-                         middle)
+            talk += [_turn("assistant", say(seen, moves[which].format(x=word))),
+                     _turn("user", RETRY.format(message=verdict.message))]
+    action = right_action(route, here, vocabulary, moves=moves)
+    return talk + [_turn("assistant", say(here.observation, action), learn=True)]
 
 
 def phrases():
     """The fixed pieces of all texts above, for the small backbone's tokenizer, sorted."""
-    templates = [PROMPT, TURN, ON, ARRIVE, VIEW, SPACE, *MOVES, PAST, NOW, NOTHING, CROSSING, PICTURE,
-                 *KEYS, ASK, ANSWER, RETRY, *OTHER_PROMPTS, *OTHER_TURNS, *sum(OTHER_ONS, ()),
-                 *OTHER_SPACES, *sum(OTHER_MOVES, ()), *sum(OTHER_HISTORIES, ()),
-                 *sum(OTHER_KEYS, ()), *sum(OTHER_NOTATIONS, ()), *VIRL_MESSAGES.values(),
-                 *sum(VOCABULARIES.values(), ()), "The destination ", " is on your ", "; ", ", ",
-                 *(f" {kind}" for kind in PLACE_KINDS), *(side for side, _ in SIDES),
-                 *WORDS]
+    templates = [PROMPT, TURN, ON, ARRIVE, VIEW, SPACE, *MOVES, PAST, NOW, NOTHING, CROSSING,
+                 PICTURE, *KEYS, ASK, ANSWER, RETRY, *OTHER_PROMPTS, *OTHER_TURNS, *OTHER_SPACES,
+                 "The destination ", " is on your ", "; ", ", ", *VIRL_MESSAGES.values(), *WORDS,
+                 *(f" {kind}" for kind in PLACE_KINDS), *(side for side, _ in SIDES)]
+    for group in (*OTHER_ONS, *OTHER_MOVES, *OTHER_HISTORIES, *OTHER_KEYS, *OTHER_NOTATIONS,
+                  *VOCABULARIES.values()):
+        templates += group
     pieces = set()
     for template in templates:
         piece = ""
@@ -1281,75 +1283,55 @@ def phrases():
 
 
 def draw_map(atlas, route, size=900):
-    """A map of the surroundings of a route: grey where panoramas stand (the streets), the walk in
-    red from its green start, with the landmarks. Works for any data. Returns a PIL image."""
+    """The surroundings of a route from above, north up: grey where panoramas stand (the streets),
+    the walk in red from its green start, landmarks in blue. Returns a PIL image."""
     points = np.array(route.points)
     scale = np.array([1, math.cos(math.radians(points[0, 0]))]) * 111_320
     middle = (points.min(0) + points.max(0)) / 2
     reach = max(np.ptp(points, axis=0) * scale) / 2 + 90            # metres from middle to border
     image = Image.new("RGB", (size, size), (233, 228, 216))
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(15)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
 
-    def pixel(coordinate):
+    def dot(coordinate, radius, colour, label="", aside=0):
         north, east = (np.asarray(coordinate) - middle) * scale / reach
-        return float(size / 2 * (1 + east)), float(size / 2 * (1 - north))
-
-    def dot(coordinate, radius, colour):
-        x, y = pixel(coordinate)
+        x, y = float(size / 2 * (1 + east)), float(size / 2 * (1 - north))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        draw.text((x + aside, y), label, (20, 40, 130) if aside else (255, 255, 255), font,
+                  anchor="lm" if aside else "mm")
+        return x, y
 
     for coordinate in atlas.coordinates:
         dot(coordinate, max(3, 7 * size / 2 / reach), (190, 190, 196))
-    draw.line([pixel(p) for p in points], fill=(205, 40, 40), width=4)
+    draw.line([dot(point, 2, (205, 40, 40)) for point in points], fill=(205, 40, 40), width=4)
     for i, point in enumerate(points):
-        dot(point, 9, (20, 130, 60) if i == 0 else (205, 40, 40))
-        x, y = pixel(point)
-        draw.text((x, y), str(i) if i else "S", (255, 255, 255), font, anchor="mm")
-    raw = atlas.infos[0][route.index]
-    for place in raw["route_results"].get("landmark_list", []) + [raw.get("dest_place")]:
-        if isinstance(place, dict) and "geocode" in place:
-            dot(place["geocode"], 4, (40, 70, 190))
-            x, y = pixel(place["geocode"])
-            draw.text((x + 7, y), str(place.get("name", "")), (20, 40, 130), font, anchor="lm")
+        dot(point, 9, (205, 40, 40) if i else (20, 130, 60), str(i) if i else "S")
+    for name, coordinate in route.places:
+        dot(coordinate, 4, (40, 70, 190), name, aside=7)
     return image
 
 
 def save_pictures(env, folder):
-    """Write the map of env's route, and panorama and views of each position, as PNG files."""
+    """Write the map of env's route and the four views of each position as PNG files."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     draw_map(env.atlas, env.route).save(folder / "map.png")
-    for i, position in enumerate(env.rail):
+    for i, position in enumerate(env.rail, 1):
         pixels, rotation = env.atlas.panorama(position.panorama)
         four_views(pixels, rotation, position.heading, (1200, 1200)).save(
-            folder / f"view-{i + 1:02d}-{position.kind.replace(' ', '-')}.png")
+            folder / f"view-{i:02d}-{position.kind.replace(' ', '-')}.png")
     Image.fromarray(pixels).save(folder / "panorama-of-the-end.png")
+    print(f"{folder}: map.png and {len(env.rail)} views of route {env.route.index}")
 
 
-def walk(args):
-    """Carry out the command line. Raises RouteProblem and OSError."""
-    where = args.routes or args.city
-    if args.write:
-        write_city(where, args.write, progress=lambda done, of: print(
-            f"\r{done} of {of} files", end="", file=sys.stderr))
-        print(f"\nNow try: python virl_env.py --routes {args.write}")
-        return
-    atlas = open_atlas(where)
-    if args.picture and look_of(where):         # sharper than the panoramas that models see
-        atlas = Atlas(city_files(where, 2048), where)
-    env = Navigation(atlas, args.rule, args.split, tries=args.tries,
-                     paper_bearings=args.paper_bearings)
-    observation, _ = env.reset(args.seed, args.route)
-    if args.picture:
-        save_pictures(env, args.picture)
-        print(f"{args.picture}: map.png and {len(env.rail)} views of route {env.route.index}")
-    print(observation["text"] + "(Type just the action, or the whole answer; an empty line gives up.)")
+def walk(env, seed, route):
+    """Play one walk with a person."""
+    observation, _ = env.reset(seed, route)
+    print(observation["text"] + "\n(Type the action, or a whole answer; an empty line gives up.)")
     terminated = truncated = False
     while not (terminated or truncated):
         try:
             text = input("> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             text = ""
         if not text:
             print("The action here is", env.expert_action())
@@ -1357,12 +1339,10 @@ def walk(args):
         if "action" not in text.lower():        # trust a person's eyes
             text = f"current observation: {env.position.observation}\naction: {text}"
         observation, reward, terminated, truncated, _ = env.step(text)
-        ends = " (out of tries)" if truncated else ""
-        if observation["new_conversation"]:
-            seen, action = env.past[-1]
-            print(f"[{reward:+.1f}] {action}. Now: {env.position.observation}")
-        else:
-            print(f"[{reward:+.1f}] {observation['text']}{ends}")
+        said = observation["text"]
+        if observation["new_conversation"]:     # not the whole prompt again
+            said = f"{env.past[-1][1]}. Now: {env.position.observation}"
+        print(f"[{reward:+.1f}] {said}" + " (out of tries)" * truncated)
 
 
 def main():
@@ -1389,8 +1369,21 @@ def main():
         parser.error("--seed must be 0 or more, --tries 1 or more")
     if args.write and args.routes:
         parser.error("--write writes a generated city: give --city, not --routes")
+    where = args.routes or args.city
     try:
-        walk(args)
+        if args.write:
+            write_city(where, args.write, progress=lambda done, of: print(
+                f"\r{done} of {of} files", end="" if done < of else "\n", file=sys.stderr))
+            print(f"Now try: python virl_env.py --routes {args.write}")
+            return 0
+        # pictures for people are sharper than those for models
+        sharp = args.picture and look_of(where)
+        env = Navigation(Atlas(city_files(where, 2048), where) if sharp else where, args.rule,
+                         args.split, tries=args.tries, paper_bearings=args.paper_bearings)
+        if args.picture:
+            env.reset(args.seed, args.route)
+            save_pictures(env, args.picture)
+        walk(env, args.seed, args.route)
         return 0
     except (RouteProblem, OSError) as problem:
         print(f"virl_env.py: {problem}", file=sys.stderr)

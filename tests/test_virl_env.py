@@ -45,8 +45,8 @@ def town():
     blocks = [("Joe's \"Big\" Diner, Inc. is on your left", "2 (north)"),
               ("No landmark nearby", "90 (east)"), ("The destination St. Mark's is on your front",
                                                     "91 (east)")]
-    text = "".join(f'\n{{\n"intersection_idx": "{i}",\n"landmarks": "{seen}",\n"distance": "5 meters"'
-                   f',\n"human_heading": "0",\n"to_next_intersection_heading": "{goes}",\n}}\n'
+    text = "".join(f'\n{{\n"intersection_idx": "{i}",\n"landmarks": "{seen}",\n"distance": "5 m",'
+                   f'\n"human_heading": "0",\n"to_next_intersection_heading": "{goes}",\n}}\n'
                    for i, (seen, goes) in enumerate(blocks, 1))
     route = {"start_place": {"relocated_geocode": at(0, 0)}, "dest_place": {"name": "St. Mark's"},
              "route_results": {"geocode_list": [at(0, 50), at(50, 50), at(62, 50)],
@@ -76,7 +76,7 @@ def tiny_folder(tmp_path):
 
 
 def play(env, seed, route=None, answer=None):
-    """Walk to the end with the expert (or `answer`, a function of env). Returns all that was met."""
+    """Walk to the end with the expert, or with `answer`, a function of env: (all, info, ended)."""
     met = []
     observation, info = env.reset(seed, route)
     over = False
@@ -118,7 +118,7 @@ def test_relative_words_wrap_at_360_degrees():
 
 
 def test_paper_bearings_are_wrong_as_often_as_the_paper_s_code():
-    """--paper-bearings no longer keeps the released arithmetic (24.8 % of pairs, measured there)."""
+    """--paper-bearings no longer keeps the released arithmetic (24.8 % of pairs there)."""
     pairs = [(a, b) for a in range(0, 360, 3) for b in range(0, 360, 3)]
     wrong = np.mean([relative_word(a, b) != relative_word(a, b, True) for a, b in pairs])
     assert 0.24 < wrong < 0.26
@@ -139,7 +139,7 @@ def test_the_town_is_read_as_written(tiny_folder):
     """A field of the released format is read from another block, or a name is cut."""
     route = open_atlas(tiny_folder).route(0)
     assert route.headings == (2, 90, 91) and route.words == ("north", "east", "east")
-    assert route.landmarks == (NOTHING, "Joe's \"Big\" Diner, Inc. is on your left", NOTHING,
+    assert route.landmarks == (NOTHING, "Joe's 'Big' Diner, Inc. is on your left", NOTHING,
                                "The destination St. Mark's is on your front")
     assert route.panoramas == ("pano0", "pano5", "pano10", "pano11")
 
@@ -158,7 +158,8 @@ def check_rail(function):
         random = staticmethod(lambda n: np.ones(n))     # never below the drop rate
 
     town_route = virl_env.Route(0, 0, (), ("a", "b", "c"), (10, 20), ("north", "north"),
-                                (NOTHING, "X is on your left", "The destination Y"), (("p",), ()))
+                                (NOTHING, "X is on your left", "The destination Y"),
+                                (("p",), ()), ())
     rail = function(town_route, 300, Never)
     assert [p.kind for p in rail] == ["first turn", "forward", "later turn", "stop"]
     assert [p.panorama for p in rail] == ["a", "p", "b", "c"]
@@ -286,7 +287,7 @@ def test_bad_data_is_named_in_one_line(what, infos, mapping, words, tmp_path, ca
 
 @pytest.mark.parametrize("damage, words", [
     (lambda f: (f / "street_views/pano3.jpg").unlink(), ["pano3.jpg", "No such file"]),
-    (lambda f: (f / "street_views/pano3.metadata.json").unlink(), ["pano3.metadata.json", "No such"]),
+    (lambda f: (f / "street_views/pano3.metadata.json").unlink(), ["pano3.metadata.json"]),
     (lambda f: (f / "street_views/pano3.metadata.json").write_text("{}"), ["gives no rotation"]),
     (lambda f: (f / "street_views/pano3.metadata.json").write_text('{"rotation": NaN}'),
      ["gives no rotation"])])
@@ -410,7 +411,7 @@ def test_misread_costs_more():
 
 
 def test_go_on_after_a_miss():
-    """With go_on a miss ends the walk, the wrong action enters the history, or success is claimed."""
+    """With go_on a miss ends the walk, a wrong action enters the history, or success is claimed."""
     env = Navigation(go_on=True)
     met, info, terminated = play(env, 3, answer=lambda e: "action: stop()")
     assert terminated and not info["success"]
@@ -420,7 +421,7 @@ def test_go_on_after_a_miss():
     expert = Navigation()
     expected = play(expert, 3)[0]
     fresh = [m for m in met if m[2]]
-    assert [m[0] for m in fresh] == [m[0] for m in expected]    # the same prompts: history is oracle
+    assert [m[0] for m in fresh] == [m[0] for m in expected]    # history is the expert's
     met, info, terminated = play(env, 3, answer=lambda e: "action: forward()")
     assert terminated and met[-1][5]["kind"] == "stop" and met[-1][4] == -2.5   # misread as well
 
@@ -556,7 +557,7 @@ def test_four_views_stand_as_the_prompt_says():
 
 @pytest.mark.parametrize("name", CITIES)
 def test_street_plans_are_no_plain_grids(name):
-    """All crossings have four ways, all streets two directions, or streets cross without a corner."""
+    """All crossings have four ways, streets two directions, or streets cross without a corner."""
     city = build_city(name)
     ways = collections.Counter(map(len, city.near))
     assert min(ways[3], ways[4]) >= 10 and ways[5] >= 1
@@ -577,13 +578,13 @@ def test_street_plans_are_no_plain_grids(name):
 
 @pytest.mark.parametrize("name", CITIES)
 def test_routes_are_hard_and_true(name):
-    """A route has too few turns, a turn goes straight on, or a landmark stands on the other side."""
+    """A route has too few turns, goes straight on, or has a landmark on the other side."""
     atlas, city = open_atlas(name), build_city(name)
     assert {len(route.headings) for route in atlas.routes} == set(range(2, 9))
     landmarks = [text for route in atlas.routes for text in route.landmarks[1:]]
     assert 0.01 < np.mean([text == NOTHING for text in landmarks]) < 0.3
     assert max(collections.Counter(place.name for place in city.places).values()) >= 3      # chains
-    for route, raw in zip(atlas.routes, atlas.infos[0]):
+    for route, raw in zip(atlas.routes, json.loads(atlas.load("route_infos.json"))[0]):
         for before, after in zip(route.headings, route.headings[1:]):
             assert 23 <= abs(bend(before, after)) <= 157
         places = raw["route_results"]["landmark_list"] + [raw["dest_place"]]
@@ -607,7 +608,7 @@ def test_cities_differ_in_every_way():
     means = []
     for name in CITIES:
         city = build_city(name)
-        views = [draw_panorama(city, spot, 96)[12:36] for spot in city.spots[:8]]   # to +-45 degrees
+        views = [draw_panorama(city, spot, 96)[12:36] for spot in city.spots[:8]]   # +-45 degrees
         means.append(np.mean(views, axis=(0, 1, 2)))
     assert min(np.abs(a - b).max() for i, a in enumerate(means) for b in means[:i]) > 5
     for other in looks[1:]:
@@ -663,7 +664,8 @@ def test_written_and_read_back_bit_for_bit(tmp_path):
     """The city on disk gives other episodes than the city in memory."""
     name = "Calla"
     write_city(name, tmp_path, width=32)
-    memory, disk = Atlas(city_files(name, 32), name), Atlas(folder_files(tmp_path), "d", pictures=True)
+    memory = Atlas(city_files(name, 32), name)
+    disk = Atlas(folder_files(tmp_path), str(tmp_path), pictures=True)
     assert memory.routes == disk.routes and len(disk.visited) > 500
     for rule in RULES:
         envs = [Navigation(atlas, rule, "test", picture=(24, 16)) for atlas in (memory, disk)]
@@ -673,9 +675,10 @@ def test_written_and_read_back_bit_for_bit(tmp_path):
 
 
 def test_embedded_city_equals_its_own_files():
-    """open_atlas keeps a copy that differs from what city_files says."""
-    infos = json.loads(city_files("Brim")("route_infos.json"))
-    assert infos == open_atlas("Brim").infos and infos[1] == len(infos[0]) == 120
+    """open_atlas keeps a copy that differs from what city_files says, or growing is not exact."""
+    virl_env.build_city.cache_clear()
+    again = Atlas(city_files("Brim"), "again")
+    assert again.routes == open_atlas("Brim").routes and len(again) == 120
 
 
 # ------------------------------------------------------------------------------------------------
@@ -733,7 +736,7 @@ def test_the_backbone_corpus_answers_with_listed_words(corpus):
         prompt, answer = talk[0]["content"], talk[-1]["content"]
         listed = [name for name, words in VOCABULARIES.items() if ", ".join(words) in prompt]
         assert len(listed) == 1
-        turn = re.search(r"(?:turn_direction\(|face\(|(?:turn|look) )([^\n\"}<)]+)\)?[\"}<]*$", answer)
+        turn = re.search(r"(?:turn_direction\(|face\(|turn |look )([^\n\"}<)]+)\)?[\"}<]*$", answer)
         if turn and "To" not in answer and turn.group(1) in sum(VOCABULARIES.values(), ()):
             assert turn.group(1) in VOCABULARIES[listed[0]]
             assert turn.group(1) in prompt
