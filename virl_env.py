@@ -431,7 +431,8 @@ def open_atlas(where, pictures=False):
     Raises RouteProblem.
     """
     if look_of(where):
-        return Atlas(city_files(where), where)
+        # nothing can be missing, so that -l and -vl share one
+        return open_atlas(where) if pictures else Atlas(city_files(where), where)
     if not pathlib.Path(where).is_dir():
         raise RouteProblem(where, f"neither a folder nor a city ({', '.join(CITIES)}, wild-N)")
     return Atlas(folder_files(where), str(where), pictures)
@@ -441,7 +442,9 @@ def open_atlas(where, pictures=False):
 def split_routes(count, split):
     """Numbers of the routes in a split: 70 % train, 10 % val, 20 % test, by a fixed seed.
 
-    "all" is the paper's setting: no route is held out. Raises RouteProblem if none is left.
+    "all" is the paper's setting: no route is held out. What is held out are routes, not streets: a
+    test route goes along streets that training knows, in an order that it does not. Streets that
+    nobody has seen are those of the other cities. Raises RouteProblem if a split would be empty.
     """
     order = np.random.default_rng(24).permutation(count).tolist()
     test, val = count // 5, count // 10
@@ -615,6 +618,7 @@ class Navigation:
     for text. go_on: after the last failed try the rail goes on with the expert's action, and the
     episode ends at the destination: accuracy by kind of action, not of the first turn alone (in the
     paper's setting a walk ends at the first position missed, and the first is always a turn).
+    scoring_rule: the `fake` probe, as in gp_env.py: the prompt states `rule`, this one is scored.
     Raises RouteProblem for data that cannot be used.
 
     An observation is a dict: "text", the next user turn; "image", a PIL image or None;
@@ -622,9 +626,9 @@ class Navigation:
     """
 
     def __init__(self, where="Alder", rule="absolute", split="train", picture=None, tries=TRIES,
-                 go_on=False, paper_bearings=False, drop=DROP):
+                 go_on=False, scoring_rule=None, paper_bearings=False, drop=DROP):
         self.atlas = where if isinstance(where, Atlas) else open_atlas(where, picture is not None)
-        self.rule, self.vocabulary = rule, RULES[rule]
+        self.vocabulary, self.scored = RULES[rule], RULES[scoring_rule or rule]
         self.picture, self.tries, self.go_on = picture, tries, go_on
         self.paper_bearings, self.drop = paper_bearings, drop
         self.numbers = split_routes(len(self.atlas), split)
@@ -655,9 +659,10 @@ class Navigation:
         """Where the walker stands."""
         return self.rail[self.at]
 
-    def expert_action(self):
-        """The action to take at this position, under the rule in force."""
-        return right_action(self.route, self.position, self.vocabulary, self.paper_bearings)
+    def expert_action(self, vocabulary=None):
+        """The action to take at this position, under the stated rule or in another vocabulary."""
+        return right_action(self.route, self.position, vocabulary or self.vocabulary,
+                            self.paper_bearings)
 
     def expert_answer(self):
         """The whole answer that SFT teaches for this position."""
@@ -674,9 +679,8 @@ class Navigation:
         """
         if self.rail is None:
             raise RuntimeError("call reset() before step()")
-        action = self.expert_action()
-        verdict = verify_virl(text, action, self.position.observation,
-                              VOCABULARIES[self.vocabulary])
+        verdict = verify_virl(text, self.expert_action(self.scored), self.position.observation,
+                              VOCABULARIES[self.scored])
         self.used += 1
         info = self._info(verdict)
         failed = not verdict.correct and self.used >= self.tries
@@ -719,13 +723,13 @@ class Navigation:
 #   a. corners: points of a bent lattice, shifted at random
 #   b. streets: the Gabriel graph (join two corners if no third lies in the circle between them):
 #      planar, with three-, four- and five-way crossings; without streets that meet at < 42 degrees
-#   c. places: named, of a dozen kinds, on the house fronts; a fifth belong to chains, so that the
+#   c. places: named, of a dozen kinds, on the house fronts; four in ten belong to chains: the
 #      same name stands at many corners
 #   d. routes: walks over 2 to 8 corners that bend at each and end in sight of a place
 # ------------------------------------------------------------------------------------------------
 
 BLOCK, HALF_STREET, AROUND, STOREY, EYE = 78.0, 7.0, 9.0, 3.2, 2.2      # metres
-EVERY, SIGHT = 10.0, 30.0   # metres between panoramas; metres up to which a place is a landmark
+EVERY, SIGHT = 10.0, 25.0   # metres between panoramas; metres up to which a place is a landmark
 PLACE_KINDS = ("Bakery", "Bank", "Cafe", "Pharmacy", "School", "Museum", "Hotel", "Cinema",
                "Bookshop", "Station", "Market", "Clinic")
 SIGNS = ("plate", "frame", "banner", "oval", "neon")
@@ -878,7 +882,7 @@ class City:
                 while at < length - AROUND - 2:
                     word = words[rng.integers(len(words))]
                     kind = int(rng.integers(len(PLACE_KINDS)))
-                    if rng.random() < 0.2:      # a branch of this word's chain
+                    if rng.random() < 0.4:      # a branch of this word's chain
                         kind = kinds[word]
                     self.places.append(Place(
                         f"{word} {PLACE_KINDS[kind]}", kind, self.start[street] + at *
@@ -913,12 +917,15 @@ class City:
         """
         ray = np.stack([np.sin(bearings), np.cos(bearings)])            # (2, W)
         near = np.flatnonzero(self.away(spot) < 160)
+        # bands: after t metres the ray is a + t da along the street and b + t db beside its middle;
+        # it is inside while 0 <= a + t da <= length and |b + t db| <= HALF_STREET
         offset = spot - self.start[near]
         a, b = ((offset * to[near]).sum(1)[:, None] for to in (self.along, self.across))
         da, db = self.along[near] @ ray, self.across[near] @ ray        # (S, W)
         with np.errstate(divide="ignore", invalid="ignore"):
             ends = np.stack([-a / da, (self.length[near, None] - a) / da])
             sides = np.stack([(-HALF_STREET - b) / db, (HALF_STREET - b) / db])
+        # discs: |spot + t ray - corner|^2 = AROUND^2 has the roots t = middle -+ half
         discs = np.unique(self.streets[near])
         to = self.corners[discs] - spot                                 # (C, 2)
         middle = to @ ray                                               # (C, W)
@@ -926,7 +933,7 @@ class City:
         half = np.where(half > 0, np.sqrt(np.maximum(half, 0)), -np.inf)
         enter = np.concatenate([np.maximum(ends.min(0), sides.min(0)), middle - half])
         leave = np.concatenate([np.minimum(ends.max(0), sides.max(0)), middle + half])
-        enter[~(enter < leave)] = np.inf                                # not met
+        enter[~(enter < leave)] = np.inf    # never inside (and not a number: inside on a border)
         distance, owner = np.full(len(bearings), 0.5), np.zeros(len(bearings), dtype=int)
         column = np.arange(len(bearings))
         for rank in np.argsort(enter, axis=0):                          # nearest first; (W,) each
@@ -996,9 +1003,9 @@ def _routes(city):
     made = {}
     while len(made) < city.look.routes:
         walk = _draw_walk(city, rng)
-        if walk is None or walk in made or not sights[walk[-1]]:
+        if walk is None or walk in made or not sights[walk[-1]] or len(city.between(*walk[:2])) < 3:
             continue
-        first = city.between(*walk[:2])
+        first = city.between(*walk[:2])     # the start lies on this street, short of the corner
         start = first[rng.integers(1, max(2, int(0.7 * len(first))))]
         points = [start] + [city.corners[corner] for corner in walk[1:]]
         places, blocks, faces = [], "", 0
@@ -1069,6 +1076,7 @@ def draw_panorama(city, spot, width=512):
     """
     above, horizon, light, ground, haze, lit = WEATHERS[city.look.weather]
     horizon, height = np.array(horizon), width // 2
+    # a column is a bearing, a row is an elevation; slope = tan(elevation) = height gained / metre
     bearings = (np.arange(width) + 0.5) * 2 * math.pi / width                          # (W,)
     slope = np.tan((0.5 - (np.arange(height) + 0.5) / height) * math.pi)[:, None]      # (H, 1)
     distance, owner, front = city.cast(spot, bearings)
@@ -1098,7 +1106,8 @@ def draw_panorama(city, spot, width=512):
     wall = np.where(glow[..., None], (255, 214, 130), wall)
     image = np.where(((level >= 0) & (level <= roof))[..., None], wall, image)
 
-    # the ground: a road with a broken middle line and zebra crossings between lighter pavements
+    # the ground: a road with a broken middle line and zebra crossings between lighter pavements.
+    # A ray that falls by `slope` a metre from EYE metres up meets it after EYE / -slope metres.
     rows, columns = np.nonzero(level < 0)
     reach = -EYE / slope[rows, 0]                                                      # (M,)
     point = spot + reach[:, None] * np.stack([np.sin(bearings), np.cos(bearings)], 1)[columns]
@@ -1376,7 +1385,7 @@ def main():
                 f"\r{done} of {of} files", end="" if done < of else "\n", file=sys.stderr))
             print(f"Now try: python virl_env.py --routes {args.write}")
             return 0
-        # pictures for people are sharper than those for models
+        # people get sharper pictures than models
         sharp = args.picture and look_of(where)
         env = Navigation(Atlas(city_files(where, 2048), where) if sharp else where, args.rule,
                          args.split, tries=args.tries, paper_bearings=args.paper_bearings)

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 import virl_env
-from verifier import VIRL_REWARDS, verify_virl
+from verifier import verify_virl
 from virl_env import (CITIES, COMPASS, CROSSING, NOTHING, RELATIVE, RULES, VOCABULARIES, Atlas,
                       Navigation, RouteProblem, backbone_conversations, bend, build_city,
                       city_files, draw_panorama, expert_conversation, folder_files, four_views,
@@ -424,6 +424,19 @@ def test_go_on_after_a_miss():
     assert [m[0] for m in fresh] == [m[0] for m in expected]    # history is the expert's
     met, info, terminated = play(env, 3, answer=lambda e: "action: forward()")
     assert terminated and met[-1][5]["kind"] == "stop" and met[-1][4] == -2.5   # misread as well
+
+
+def test_the_fake_probe_pays_the_old_rule():
+    """The probe scores by the stated rule: a policy that ignores its prompt is not found out."""
+    env = Navigation(rule="relative", scoring_rule="absolute")
+    for seed in range(5):
+        observation, _ = env.reset(seed)
+        assert ", ".join(RELATIVE) in observation["text"]
+        assert env.step(env.expert_answer())[1] == -1       # reads the rule
+        old = virl_env.right_action(env.route, env.position, "compass")
+        assert env.step(f"action: {old}")[1] == 1           # recites the old one
+        assert f"A_1: {env.past[0][1]}" in env._arrive()["text"]
+        assert env.past[0][1].split("(")[1][:-1] in RELATIVE
 
 
 def test_prompt_tells_all_that_is_needed_and_nothing_else():
