@@ -247,7 +247,7 @@ def folder_files(folder):
 
 
 def _load_mapping(load, where):
-    """{(latitude, longitude): panorama id} -> coordinates (P, 2) float64 and P ids."""
+    """{(latitude, longitude): panorama id} -> coordinates (P, 2) from south to north, and P ids."""
     file = f"{where}/{MAPPING}"
     try:
         mapping = _PlainUnpickler(io.BytesIO(load(MAPPING))).load()
@@ -264,7 +264,8 @@ def _load_mapping(load, where):
         # The id becomes part of a file's name: it must not lead out of the folder.
         if not re.fullmatch(r"[\w:=-][\w.:=-]{0,99}", value):
             raise RouteProblem(file, f"{value[:60]!r} is not a panorama id")
-    return np.array(list(mapping)), list(mapping.values())
+    keys = sorted(mapping)
+    return np.array(keys), [mapping[key] for key in keys]
 
 
 def metres(a, b):
@@ -382,9 +383,12 @@ class Atlas:
         """Index of the panorama at a coordinate: the exact key, else the nearest within REACH."""
         if point in self._exact:
             return self._exact[point]
-        away = metres(point, self.coordinates)
-        best = int(away.argmin())
-        return best if away[best] < REACH else None
+        # only those in a strip of latitudes can be that near, and they stand side by side
+        strip = np.array([-REACH, REACH]) / 111_320 + point[0]
+        first, last = np.searchsorted(self.coordinates[:, 0], strip)
+        away = metres(point, self.coordinates[first:last])
+        best = int(away.argmin()) if len(away) else 0
+        return int(first) + best if len(away) and away[best] < REACH else None
 
     def _between(self, start, end):
         """Panorama ids on a leg, before any is dropped: the rail as the released code lays it."""

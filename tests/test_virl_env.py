@@ -663,6 +663,22 @@ def test_signs_stand_at_their_bearing_and_shrink_with_distance():
     assert checked >= 4
 
 
+def test_the_rotation_in_the_metadata_is_that_of_the_picture():
+    """Files are turned the other way than their metadata says: landmarks appear elsewhere."""
+    atlas, city, rotations = open_atlas("Alder"), build_city("Alder"), set()
+    for index in (3, 20, 47):
+        pixels, rotation = atlas.panorama(f"Alder-{index:04d}")
+        rotations.add(rotation)
+        plain = draw_panorama(city, city.spots[index])
+        for heading in (0, 100, 250):
+            apart = view(pixels, rotation, heading, 64, 32).astype(int) - view(
+                plain, 0, heading, 64, 32)
+            other = view(pixels, -rotation, heading, 64, 32).astype(int) - view(
+                plain, 0, heading, 64, 32)
+            assert np.abs(apart).mean() < 6 < np.abs(other).mean()
+    assert len(rotations) == 3
+
+
 def test_streets_open_where_they_leave():
     """Fronts stand across a street: the openings do not show where one can go."""
     city = build_city("Hollis")
