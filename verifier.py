@@ -1,9 +1,10 @@
 """The verifier: text in, verdict out. The only source of reward in this project.
 
-Paper: arXiv 2501.17161, section 3 (the verifier VER maps an answer to a reward and a message) and
-appendix A.3 (the GeneralPoints reward table). Nothing here knows a model, a tensor or a file.
+Paper: arXiv 2501.17161, section 3 (the verifier VER maps an answer to a reward and a message),
+appendix A.3 (the GeneralPoints reward table) and B.3 (that of V-IRL). Nothing here knows a model, a
+tensor or a file. First half GeneralPoints, second half V-IRL.
 
-How an answer is judged (`verify_gp`):
+How an answer to a hand of cards is judged (`verify_gp`):
   1. find the fields `cards`, `number`, `formula`: strict JSON first, then the looser forms that
      language models write (single quotes, no quotes, trailing commas, words around the object)
   2. cut the formula into tokens: numbers, + - * / ( ) =
@@ -16,6 +17,12 @@ How an answer is judged (`verify_gp`):
     term       := factor { ("*" | "/") factor }
     factor     := number | "(" expression ")"
 
+How an answer on a walk is judged (`verify_virl`):
+  1. find the fields `current observation` and `action`, as above
+  2. the action is one of forward(), stop(), turn_direction(word), the word legal under the rule
+  3. right action: correct. Wrong action: compare what the answer CLAIMS to see with what is there
+  4. say which of the two was wrong
+
 An answer is HOSTILE INPUT: the policy is paid for whatever this file believes. So the formula is
 parsed and never handed to Python's eval; arithmetic is exact (8/(3-8/3) is 24 here, and 23.999...
 in floating point); text length, bracket depth and digits are limited; there is no way to raise.
@@ -23,6 +30,9 @@ in floating point); text length, bracket depth and digits are limited; there is 
     >>> verify_gp('{"cards": ["8","3","8","3"], "number": [8,3,8,3], "formula": "8/(3-8/3)=24"}',
     ...           ["8", "3", "8", "3"], [8, 3, 8, 3]).kind
     'correct'
+    >>> verify_virl("action: turn_direction(left)", "turn_direction(right)", "no landmark in sight",
+    ...             ["left", "right"]).reward
+    -1.0
 
 Read next: gp_env.py, which deals the hand and turns a verdict into a step of an environment.
 """
@@ -278,3 +288,179 @@ def _judge_formula(formulas, answer_length, numbers, target):
     if right is not None and right != target:
         return "wrong value", say["wrong side"].format(target=target), value
     return "correct", say["correct"], value
+
+
+# ------------------------------------------------------------------------------------------------
+# V-IRL
+# ------------------------------------------------------------------------------------------------
+
+# The paper's table (appendix B.3). One answer has ONE kind, and the +1 is for the action alone, as
+# in the paper: the reward then counts the same thing as its metric, per-step accuracy. What an
+# answer claims to see decides only how a wrong action is paid, and is reported for every answer.
+VIRL_REWARDS = {
+    "correct": 1.0,         # the expert's action at this position
+    "wrong action": -1.0,   # another action, or none, although the surroundings were read right
+    "misread": -1.5,        # another action, and a landmark or the intersection was read wrongly
+    "out of tries": -1.0,   # added to the last failed try at a position
+}
+VIRL_MESSAGES = {
+    "correct": "Correct.",
+    "wrong action": "that is not the action to take here",
+    "unknown action": "that is not in the list of actions",
+    "no action": "there is no action field",
+    "two actions": "give one action only",
+    "too long": "the answer is too long",
+    "false intersection": "you are not at an intersection",
+    "missed intersection": "you are at an intersection",
+    "false landmark": "a landmark that you name is not here",
+    "missed landmark": "you missed a landmark",
+    "wrong side": "a landmark is on another side",
+}
+
+MAX_ACTION = 60     # characters of an action; the longest honest one has 32
+
+_WALK_FIELD = re.compile(
+    r"""["']?\b(current observation|current instruction|action)\b["']?\s*:""", re.IGNORECASE)
+_ACTION = re.compile(r"(forward|stop) ?(?:\( ?\))?|turn_direction ?\(([^()]*)\)")
+_SIDE = re.compile(
+    r" (?:is|are) (?:on|to|at|in) (?:your|the) (front|ahead|right|back|behind|left)\b")
+_CROSSING = re.compile(r"\b(?:intersection|crossing|crossroads)\b")
+_NOT = re.compile(r"\b(?:no|not|never|without|neither|nor)\b|n't\b")
+_OPENING = re.compile(r"^(?:(?:you see|there is|there are|the|destination|a|an)\s+)+")
+
+
+@dataclass(frozen=True)
+class WalkVerdict:
+    """What the verifier found on a walk. `kind` is a key of VIRL_REWARDS."""
+
+    kind: str
+    reward: float               # excludes "out of tries"
+    message: str                # one clause, without the frame that the environment puts around it
+    action: str | None          # the action as the action space writes it; None if it is not legal
+    landmarks_right: bool       # the claimed landmarks and their sides are those that are there
+    intersection_right: bool    # an intersection is claimed exactly where there is one
+
+    @property
+    def correct(self):
+        """True if the answer names the expert's action: the walk goes on to the next position."""
+        return self.kind == "correct"
+
+
+def read_walk(text):
+    """Find the fields of an answer on a walk.
+
+    Returns {"action": [...], "current observation": [...], "current instruction": [...]}, each a
+    list of every value found, so that the caller can refuse a second one. Linear in len(text);
+    never raises.
+
+    >>> read_walk("action: forward() }")["action"]
+    ['forward()']
+    """
+    found = {"action": [], "current observation": [], "current instruction": []}
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        pairs = None
+    if isinstance(pairs, list) and all(isinstance(p, tuple) for p in pairs):
+        for key, value in pairs:
+            if key in found:
+                found[key].append(value if isinstance(value, str) else "")
+        return found
+    keys = list(_WALK_FIELD.finditer(text))
+    for key, following in zip(keys, keys[1:] + [None]):
+        body = text[key.end():following.start() if following else len(text)].lstrip()
+        if body[:1] in ("'", '"'):      # up to the quote that closes: Joe's Cafe has one inside
+            end = re.search(body[0] + r"\s*(?:[,}\n]|$)", body[1:])
+            body = body[1:end.start() + 1] if end else body[1:]
+        else:
+            body = re.split(r"[\n}]", body, maxsplit=1)[0]
+        found[key.group(1).lower()].append(body.strip(" \t\r,;"))
+    return found
+
+
+def read_action(text, words):
+    """The action that a text names, as the action space writes it, or None.
+
+    words: the direction words that are legal under the rule in force. Capitals, quotes, spaces and
+    hyphens are forgiven; anything before or after the one action is not.
+
+    >>> read_action("Turn_Direction('north-west')", ["north", "northwest"])
+    'turn_direction(northwest)'
+    >>> read_action("turn_direction(left)", ["north", "northwest"]) is None
+    True
+    """
+    if len(text) > MAX_ACTION:
+        return None
+    match = _ACTION.fullmatch(" ".join(re.sub("[\"'`]", "", text.lower()).split()))
+    if match is None:
+        return None
+    if match.group(1):
+        return match.group(1) + "()"
+    bare = {re.sub(r"[\s'_-]", "", word): word for word in words}     # 3 o'clock -> 3oclock
+    word = bare.get(re.sub(r"[\s_-]", "", match.group(2)))
+    return word and f"turn_direction({word})"
+
+
+def read_claims(observation):
+    """What an observation says is there: (intersection?, {landmark: side}), all in lower case.
+
+    The same reading is applied to the claim and to the truth, so a word-for-word copy of the truth
+    is right by construction, whatever strange name a real place has.
+
+    >>> read_claims("Mill Bank is on your left; you are at an intersection")
+    (True, {'mill bank': 'left'})
+    >>> read_claims("no landmark in sight, and I am not at an intersection.")
+    (False, {})
+    """
+    crossing, places = False, {}
+    flat = " ".join(observation[:MAX_ANSWER].lower().split())
+    for clause in re.split(r"[;,.]| and | but ", flat):
+        side, rest = _SIDE.search(clause), clause
+        if side:
+            name = _OPENING.sub("", clause[:side.start()].strip() + " ").strip()
+            places[name] = {"ahead": "front", "behind": "back"}.get(side.group(1), side.group(1))
+            rest = clause[side.end():]      # a "Crossing Cafe" is no crossing
+        crossing |= bool(_CROSSING.search(rest)) and not _NOT.search(rest)
+    return crossing, places
+
+
+def verify_virl(text, action, observation, words):
+    """Judge one answer at one position of a walk (paper appendix B.3).
+
+    text: the model's whole answer. action: the expert's action, e.g. "turn_direction(north)".
+    observation: what is there, in the words of virl_env.py. words: the legal direction words.
+    Returns a WalkVerdict; raises nothing, whatever `text` is.
+
+        expert turn_direction(north), at Mill Bank, at an intersection    kind            reward
+        turn_direction(north), whatever it claims to see                  correct         +1
+        forward(), sees Mill Bank and the intersection                    wrong action    -1
+        forward(), sees no intersection                                   misread         -1.5
+        turn_direction(left) where only compass words are legal           as a wrong action
+    """
+    say = VIRL_MESSAGES
+    if len(text) > MAX_ANSWER:
+        return _walk_verdict("wrong action", say["too long"])
+    fields = read_walk(text)
+    claim = " ".join(fields["current observation"])
+    (crossing, places), (crossing_there, there) = read_claims(claim), read_claims(observation)
+    seen = {"landmarks_right": places == there, "intersection_right": crossing == crossing_there}
+    if len(fields["action"]) != 1:  # several guesses in one answer would be tries nobody counts
+        key = "two actions" if fields["action"] else "no action"
+        return _walk_verdict("wrong action", say[key], **seen)
+    named = read_action(fields["action"][0], words)
+    if named == action:
+        return _walk_verdict("correct", say["correct"], named, **seen)
+    wrong = {"false intersection": crossing and not crossing_there,
+             "missed intersection": crossing_there and not crossing,
+             "false landmark": places.keys() - there.keys(),
+             "missed landmark": there.keys() - places.keys(),
+             "wrong side": any(places[name] != there[name] for name in places.keys() & there)}
+    parts = [say[name] for name, is_so in wrong.items() if is_so]
+    kind = "misread" if parts else "wrong action"
+    parts.append(say["wrong action" if named else "unknown action"])
+    return _walk_verdict(kind, "; ".join(parts), named, **seen)
+
+
+def _walk_verdict(kind, message, action=None, landmarks_right=False, intersection_right=False):
+    return WalkVerdict(kind, VIRL_REWARDS[kind], message, action, landmarks_right,
+                       intersection_right)

@@ -5,6 +5,7 @@ Three layers:
   2. a second opinion: `reference_kind` judges a formula by another algorithm (take out the
      innermost bracket, again and again), and 100,000 random and hostile answers compare the two
   3. what holds for every answer: rewards come from the table, messages carry no foreign text
+  4. the same three layers for V-IRL: WALKS is the manual of verify_virl
 
     python -m pytest tests/test_verifier.py
 """
@@ -14,6 +15,7 @@ import itertools
 import json
 import random
 import re
+import time
 from collections import Counter
 from fractions import Fraction
 
@@ -21,7 +23,8 @@ import pytest
 
 import verifier
 from gp_env import Hand, prompt
-from verifier import GP_MESSAGES, GP_REWARDS, ILLEGAL_WHY, parse_formula, verify_gp
+from verifier import (GP_MESSAGES, GP_REWARDS, ILLEGAL_WHY, VIRL_MESSAGES, VIRL_REWARDS,
+                      parse_formula, read_action, read_claims, read_walk, verify_gp, verify_virl)
 
 # ------------------------------------------------------------------------------------------------
 # 1. Worked cases. Most play the hand 8 3 8 3, whose only solution needs thirds: 8/(3-8/3).
@@ -484,3 +487,194 @@ def test_messages_carry_no_chat_markup(markup):
                  markup + "1+" * 120, markup + "1" * 240, markup + " " * 240):
         for answer in (strict(text), f"formula: {text}", strict("8*3", cards=[text]), text):
             assert markup not in verify_gp(answer, *EIGHTS, picture=True).message
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. V-IRL. Most cases stand at Mill Bank, where the expert turns north under the absolute rule.
+# ------------------------------------------------------------------------------------------------
+
+COMPASS = ["north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest"]
+RELATIVE = ["left", "right", "slightly left", "slightly right"]
+AT_BANK = "Mill Bank is on your left; you are at an intersection"
+BARE = "no landmark here; you are at an intersection"
+ROAD = "no landmark here"
+END = "The destination Joe's Cafe is on your right; you are at an intersection"
+NORTH = ("turn_direction(north)", AT_BANK, COMPASS)
+SLIGHT = ("turn_direction(slightly left)", AT_BANK, RELATIVE)
+ON = ("forward()", ROAD, COMPASS)
+STOP = ("stop()", END, COMPASS)
+CROSS = ("turn_direction(east)", BARE, COMPASS)
+
+
+def says(seen, action):
+    """The answer that SFT teaches, around any observation and action."""
+    return json.dumps({"current observation": seen, "current instruction": "3. Turn left.",
+                       "action": action})
+
+
+WALKS = [
+    # what, answer, (right action, what is there, legal words), expected kind, piece of the message
+    # --- the right action, in the notations that people and models use
+    ("right", says(AT_BANK, "turn_direction(north)"), NORTH, "correct", "Correct."),
+    ("right, forward", says(ROAD, "forward()"), ON, "correct", "Correct."),
+    ("right, stop", says(END, "stop()"), STOP, "correct", "Correct."),
+    ("right, relative", says(AT_BANK, "turn_direction(slightly left)"), SLIGHT, "correct",
+     "Correct."),
+    ("right, whatever it claims to see", says(ROAD, "turn_direction(north)"), NORTH, "correct",
+     "Correct."),
+    ("the action alone", "action: turn_direction(north)", NORTH, "correct", "Correct."),
+    ("capitals, quotes, spaces", 'Action: "Turn_Direction( \'NORTH\' )"', NORTH, "correct",
+     "Correct."),
+    ("a hyphen and an underscore", says(AT_BANK, "turn_direction(slightly-left)"), SLIGHT,
+     "correct", "Correct."),
+    ("north-west is northwest", says(BARE, "turn_direction(north-west)"),
+     ("turn_direction(northwest)", BARE, COMPASS), "correct", "Correct."),
+    ("brackets left out", "action: forward", ON, "correct", "Correct."),
+    ("single quotes, trailing comma", "{'current observation': 'Joe's Cafe is on your right', "
+     "'action': 'stop()',}", STOP, "correct", "Correct."),
+    ("words around the object", "Sure. " + says(ROAD, "forward()") + " Done.", ON, "correct",
+     "Correct."),
+    # --- a wrong action, the surroundings read right
+    ("wrong direction", says(AT_BANK, "turn_direction(south)"), NORTH, "wrong action",
+     "that is not the action to take here"),
+    ("forward past the corner", says(AT_BANK, "forward()"), NORTH, "wrong action", "not the act"),
+    ("read right in other words", says("You see the Mill Bank is on the left, at an intersection",
+                                       "forward()"), NORTH, "wrong action", "not the action"),
+    ("read right, in two sentences", says(
+        "I am at an intersection. Mill Bank is to your left", "forward()"), NORTH, "wrong action",
+     "not the action"),
+    ("turns on the open road", says(ROAD, "turn_direction(north)"), ON, "wrong action", "not the"),
+    ("denies an intersection", says("no landmark here, not at an intersection", "stop()"), ON,
+     "wrong action", "not the action"),
+    ("relative word under the absolute rule", says(AT_BANK, "turn_direction(left)"), NORTH,
+     "wrong action", "not in the list of actions"),
+    ("compass word under the relative rule", says(AT_BANK, "turn_direction(north)"), SLIGHT,
+     "wrong action", "not in the list of actions"),
+    ("left is not slightly left", says(AT_BANK, "turn_direction(left)"), SLIGHT, "wrong action",
+     "that is not the action to take here"),
+    # --- a wrong action, and something was misread
+    ("intersection overlooked", says("Mill Bank is on your left", "forward()"), NORTH, "misread",
+     "you are at an intersection; that is not"),
+    ("intersection invented", says("no landmark here; you are at an intersection", "stop()"), ON,
+     "misread", "you are not at an intersection"),
+    ("landmark overlooked", says(BARE, "forward()"), NORTH, "misread", "you missed a landmark"),
+    ("landmark invented", says(AT_BANK, "forward()"), CROSS, "misread",
+     "a landmark that you name is not here"),
+    ("another landmark", says(AT_BANK.replace("Bank", "Cafe"), "forward()"), NORTH, "misread",
+     "is not here; you missed a landmark"),
+    ("landmark on the other side", says(AT_BANK.replace("left", "right"), "forward()"), NORTH,
+     "misread", "a landmark is on another side"),
+    ("misread, and an action of another rule", says(ROAD, "turn_direction(left)"), NORTH, "misread",
+     "you are at an intersection; you missed a landmark; that is not in the list"),
+    ("nothing said of what is there", "action: forward()", NORTH, "misread", "you missed a landm"),
+    # --- not one action
+    ("empty answer", "", NORTH, "wrong action", "there is no action field"),
+    ("an action without its field", "turn_direction(north)", NORTH, "wrong action", "no action fi"),
+    ("another key", '{"move": "turn_direction(north)"}', NORTH, "wrong action", "no action field"),
+    ("key repeated, strict JSON", '{"action": "forward()", "action": "turn_direction(north)"}',
+     NORTH, "wrong action", "give one action only"),
+    ("key repeated, loose", "action: forward()\naction: turn_direction(north)", NORTH,
+     "wrong action", "give one action only"),
+    ("two actions in one field", says(AT_BANK, "forward() turn_direction(north)"), NORTH,
+     "wrong action", "not in the list"),
+    ("two directions", says(AT_BANK, "turn_direction(north, south)"), NORTH, "wrong action",
+     "not in the list"),
+    ("all directions glued", says(AT_BANK, "turn_direction(northsouth)"), NORTH, "wrong action",
+     "not in the list"),
+    ("a word after it", says(AT_BANK, "turn_direction(north) please"), NORTH, "wrong action",
+     "not in the list"),
+    ("no text but a list", '{"current observation": "' + AT_BANK + '", "action": ["forward()"]}',
+     NORTH, "wrong action", "not in the list"),
+    ("code", says(AT_BANK, "__import__('os').system('ls')"), NORTH, "wrong action", "not in the l"),
+    ("right, then 3,000 spaces", says(AT_BANK, "turn_direction(north)") + " " * 3000, NORTH,
+     "wrong action", "the answer is too long"),
+]
+
+
+@pytest.mark.parametrize("what, answer, place, kind, piece", WALKS, ids=[w[0] for w in WALKS])
+def test_worked_walk(what, answer, place, kind, piece):
+    """A case of the table is judged otherwise than the table says."""
+    verdict = verify_virl(answer, *place)
+    assert (verdict.kind, verdict.reward) == (kind, VIRL_REWARDS[kind])
+    assert piece in verdict.message
+
+
+def test_walk_table_is_the_papers_and_every_message_is_shown():
+    """A reward was changed without saying so, or a message has no worked case."""
+    assert VIRL_REWARDS == {"correct": 1, "wrong action": -1, "misread": -1.5, "out of tries": -1}
+    said = " | ".join(verify_virl(answer, *place).message for _, answer, place, _, _ in WALKS)
+    for message in VIRL_MESSAGES.values():
+        assert message in said, message
+
+
+def test_walk_flags_tell_what_was_read():
+    """Recognition cannot be measured: the flags follow the action, or each other."""
+    flags = {}
+    for seen in (AT_BANK, AT_BANK.replace("left", "right"), BARE, AT_BANK.split(";")[0], ROAD):
+        for action in ("turn_direction(north)", "forward()", "nonsense"):
+            verdict = verify_virl(says(seen, action), *NORTH)
+            flags.setdefault(seen, set()).add((verdict.landmarks_right,
+                                               verdict.intersection_right))
+    assert list(flags.values()) == [{(True, True)}, {(False, True)}, {(False, True)},
+                                    {(True, False)}, {(False, False)}]
+
+
+@pytest.mark.parametrize("name", [
+    "Prince St. & Co", "Salt and Pepper", "The Crossing", "No Name Cafe", "Joe's", "7,5 Bar; Grill",
+    "Is on your left", "Café Été", "A\tB", "intersection", "x" * 300])
+@pytest.mark.parametrize("side", ["front", "right", "back", "left"])
+def test_a_copy_of_the_truth_is_never_misread(name, side):
+    """A real place has a name that the reading of claims trips over: copying it would cost -1.5."""
+    for there in (f"{name} is on your {side}", f"The destination {name} is on your {side}"):
+        there += "; you are at an intersection"
+        assert verify_virl(says(there, "forward()"), "stop()", there, COMPASS).kind == (
+            "wrong action")
+
+
+def test_read_action_accepts_the_action_space_and_nothing_else():
+    """Two spellings lead to different actions, or a near miss is read as a legal one."""
+    for words in (COMPASS, RELATIVE, ["3 o'clock", "12 o'clock"], ["↑", "↗"]):
+        for word in words:
+            assert read_action(f"turn_direction({word})", words) == f"turn_direction({word})"
+    for text in ("forward(1)", "stop(now)", "forwards()", "turn_direction()", "turn_direction",
+                 "turn_direction((north))", "turn_direction(nort)", "north", "", "forward()()",
+                 "forward()" + " " * 60):
+        assert read_action(text, COMPASS) is None, text
+
+
+def random_walk_answer(chance):
+    """Fragments of answers, prompts and garbage, in random order."""
+    parts = ['{"', "action", '": "', "turn_direction(", "north", ")", "forward()", "stop()", '"}',
+             "current observation", ": ", AT_BANK, ROAD, "; ", "\n", "'", '"', " is on your ",
+             "left", "intersection", "not ", "<|end|>", "\x00", "é", "{", "}", "[", "\\", " " * 50]
+    start = chance.choice(["", "", "action: forward()", "{'action': 'stop()'",
+                           '{"action": "forward()",'])
+    return start + "".join(chance.choice(parts) for _ in range(chance.randint(0, 12)))
+
+
+def test_20000_hostile_walks_never_raise_and_are_paid_for_one_right_action_only():
+    """Some text makes the verifier raise, costs more than the table, or is paid for a wrong one."""
+    chance, paid = random.Random(5), 0
+    for _ in range(20_000):
+        answer = random_walk_answer(chance)
+        place = chance.choice([NORTH, ON, STOP, SLIGHT])
+        verdict = verify_virl(answer, *place)
+        assert verdict.reward == VIRL_REWARDS[verdict.kind] and verdict.kind != "out of tries"
+        assert verdict.message in " ".join(VIRL_MESSAGES.values()) or ";" in verdict.message
+        assert "<|" not in verdict.message and len(verdict.message) < 200
+        if verdict.correct:
+            bare = re.sub(r"[^a-z]", "", place[0])
+            assert bare in re.sub(r"[^a-z]", "", answer.lower()) and len(
+                read_walk(answer)["action"]) == 1
+            paid += 1
+    assert paid > 50
+
+
+def test_hostile_walks_cost_no_time():
+    """A regular expression backtracks: one answer of 2,000 characters stops training."""
+    began = time.perf_counter()
+    for part in ("action:", '"', "'", " is on your", "you see ", "the ", "not ", "; ", "action: '",
+                 " is on your left", "turn_direction("):
+        verify_virl((part * 2000)[:verifier.MAX_ANSWER], *NORTH)
+        read_claims(part * 2000)
+    assert time.perf_counter() - began < 2
