@@ -292,7 +292,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
             if terminated or truncated:
                 continue
             stay.append(row)
-            # --- the verifier's message becomes the next user turn (the paper's sequential revision)
+            # --- the verifier's message is the next user turn (the paper's sequential revision)
             new[e] = observation["new_conversation"]
             told[e], picture = _user_turn(backbone, observation)
             if new[e]:
@@ -337,8 +337,8 @@ def _answer(backbone, reader, block, pictures, temperature, max_new_tokens, gene
     inside = torch.tensor([[0] * (width - len(b)) + [1] * len(b) for b in block], device=device)
     ends = torch.tensor(backbone.end_ids, device=device)
     going = torch.ones(len(block), dtype=torch.bool, device=device)     # rows still speaking
-    # A row that has ended goes on being computed until all have: its tokens are thrown away, and its
-    # columns are masked (inside = 0), so that it never reads what it said after its end.
+    # A row that has ended is computed until all have: its tokens are thrown away, and its columns
+    # are masked (inside = 0), so that it never reads what it said after its end.
     columns, scores, spoke = [], [], []
     for step in range(max_new_tokens):
         logits = reader.read(ids, inside, pictures)                                # (B, V)

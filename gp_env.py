@@ -509,7 +509,7 @@ def backbone_conversations(rng, count):
     """`count` conversations of the backbone's corpus: broad, correct, and never in the task's form.
 
     Hindsight makes data without a solver: draw a rule (J, Q, K anywhere in 10..13), a hand and
-    RANDOM formulas over it, and let whatever they evaluate to (1..99) be the targets of the prompts.
+    RANDOM formulas over it, and let whatever they evaluate to (1..99) be the targets asked for.
     One hand in eight is asked for 24 instead, with a solution of the solver. Then, by kind:
       half        follow-ups: the same hand, up to six more targets, the equation alone. They cost a
                   third of a whole answer in tokens, and teach the same arithmetic
@@ -653,7 +653,8 @@ def reading_conversation(rng, suits, picture):
 
 def phrases():
     """The fixed pieces of all texts above, for the small backbone's tokenizer, sorted."""
-    templates = [PROMPT, ASK, ANSWER, RETRY, FOLLOW_UP, IN_PICTURE, *OTHER_PROMPTS, *GP_MESSAGES.values(),
+    templates = [PROMPT, ASK, ANSWER, RETRY, FOLLOW_UP, IN_PICTURE, *OTHER_PROMPTS,
+                 *GP_MESSAGES.values(),
                  *ILLEGAL_WHY.values(), *KEYS, *sum(OTHER_KEYS, ()), " > ", " and "]
     for notation in OTHER_NOTATIONS:
         templates += notation       # what is asked, the answer, and both separators

@@ -673,7 +673,8 @@ def test_solve_prints_all_solutions():
 
 @pytest.mark.parametrize("flags", [
     ["--seed", "-1"], ["--seed", "x"], ["--rule", "jack"], ["--solve", "0", "1", "2", "3"],
-    ["--solve", "1", "2", "3", "14"], ["--solve", "1", "2"], ["--target", "99999"], ["--target", "-5"],
+    ["--solve", "1", "2", "3", "14"], ["--solve", "1", "2"], ["--target", "99999"],
+    ["--target", "-5"],
     ["--no-such-flag"]], ids=" ".join)
 def test_bad_flags_are_explained(flags):
     """A mistyped flag ends in a traceback instead of one line that says what is wrong."""
