@@ -915,7 +915,7 @@ def test_mutant_label_shift(tiny, monkeypatch, wrong):
     rejected(check_shift, token_logprobs, tiny)
     monkeypatch.setattr(rl, "token_logprobs", token_logprobs)
     _, rows, episodes = fresh_batch(tiny, settings())
-    rejected(rl.self_check, rows, episodes, tiny)
+    rejected(rl.self_check, rows, episodes, tiny, "train")
 
 
 def test_mutant_bootstrap_across_a_truncated_episode():
