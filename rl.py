@@ -457,7 +457,7 @@ def main():
     sft.sft_flags(parser, "sft-")
     group = parser.add_argument_group("PPO")
     for name, kind, default, text in (
-            ("updates", int, 16, "PPO updates (paper: 20)"),
+            ("updates", int, 24, "PPO updates (paper: 20)"),
             ("episodes", int, 256, "episodes an update (paper: about 500, as 2,048 tries)"),
             ("tries", int, gp_env.TRIES, "answers an episode (paper: 5)"),
             ("temperature", float, 0.6, "of sampling and of the ratio (paper: 0.2)"),
@@ -467,7 +467,7 @@ def main():
             ("value-lr", float, 3e-3, "learning rate of the value head (paper: the same as --lr)"),
             ("epochs", int, 2, "passes over the batch an update (paper: 4)"),
             ("minibatch", int, 32, "conversations an optimiser step (paper: 1,024 tries)"),
-            ("micro-batch", int, 64, "conversations in memory at once; does not change the result"),
+            ("micro-batch", int, 16, "conversations in memory at once; does not change the result"),
             ("clip", float, 0.2, "clip range of the ratio (paper: 0.1)"),
             ("value-clip", float, 1.0, "clip range of the value, in units of reward (paper: 0.1)"),
             ("value-coef", float, 0.5, "weight of the value loss (paper: 0.5)"),

@@ -1015,7 +1015,7 @@ def sft_flags(parser, prefix=""):
     group = parser.add_argument_group("supervised fine-tuning" + (" of the start" * bool(prefix)))
     for name, kind, default, text in (
             ("steps", int, 1300, "optimiser steps of the whole run; sets the cosine's end"),
-            ("start-step", int, 40, "the checkpoint that RL starts from (paper: 400)"),
+            ("start-step", int, 60, "the checkpoint that RL starts from (paper: 400)"),
             ("batch", int, 64, "examples a step (paper: 128)"),
             ("lr", float, 1e-3, "peak learning rate (paper: 1e-6 at 11B)"),
             ("save-every", int, 100, "steps between checkpoints")):
