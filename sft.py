@@ -1043,6 +1043,8 @@ def open_run(folder, args, kind):
     free = ("resume", "out", "threads", "device", "stop_step", "micro_batch", "grad_checkpoint")
     # ... these change no result; with any other flag changed, --resume would mix two runs
     settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in free}
+    if HERE in pathlib.Path(args.model).parents:        # the same run, wherever the project lies
+        settings["model"] = str(pathlib.Path(args.model).relative_to(HERE))
     known = folder / "args.json"
     if known.exists():
         if not args.resume:
