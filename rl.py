@@ -531,10 +531,11 @@ def estimate(backbone, args, cells):
     rng = gp_env.np.random.default_rng(0)
     rows = [sft.encode(backbone, gp_env.expert_conversation(rng, **sft.game_options(args)))
             for _ in range(32)]
-    for _ in range(2):                      # the first pass also pays for memory
+    unit = math.inf
+    for _ in range(4):          # the first pass also pays for memory; any may meet a busy moment
         began = time.time()
         sft.sft_loss(backbone, rows, 32)
-        unit = (time.time() - began) / 32
+        unit = min(unit, (time.time() - began) / 32)
     backbone.model.zero_grad(set_to_none=True)
     hands = args.eval_hands * (2 + args.updates / args.eval_every / 4) * 2 * len(cells)
     start = args.sft_start_step * args.sft_batch
