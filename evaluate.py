@@ -1,14 +1,17 @@
 """Play the game with a model and measure what it can do; draw what was measured.
 
 Paper: arXiv 2501.17161, section 5 (ID, rule OOD) and appendix C.3. What is measured here and not in
-the paper: hands held out from training beside hands seen in it, 1,000 hands a cell instead of 234,
-intervals, the two shifts of "rule OOD" apart, and the `fake` probe.
+the paper: hands and routes held out from training beside those seen in it, 1,000 hands a cell
+instead of 234, intervals, the two shifts of "rule OOD" apart, the `fake` probe, and walks whose
+rail goes on after a miss.
 
-  1. deal the hands of a cell; they depend on the cell alone, never on a training seed
-  2. play all episodes in one batch, up to five tries each, keeping the attention cache between
-     tries (`play`: rl.py collects its experience with the same function); a picture is looked at
-     once, with the first turn
-  3. count: success within the tries and at the first, cards and numbers read right, error kinds
+  1. deal the hands (or draw the walks) of a cell; they depend on the cell alone, never on a
+     training seed
+  2. play all episodes in one batch, keeping the attention cache between tries (`play`: rl.py
+     collects its experience with the same function); a picture is looked at once, with the first
+     turn; a walk begins a fresh conversation, and drops the old columns, at each position
+  3. count. Hands: success within the tries and at the first, cards and numbers read right, error
+     kinds. Walks: right actions of all tries, of each kind of action, and whole routes
   4. every rate with its Wilson 95 % interval
 
 Shapes: B episodes in a batch, K turns of an episode, T tokens, V vocabulary.
@@ -16,6 +19,7 @@ Shapes: B episodes in a batch, K turns of an episode, T tokens, V vocabulary.
     python evaluate.py --model runs/sft-gp-l-s0/step-000100 --ood      all cells
     python evaluate.py --model ... --show 4                            transcripts
     python evaluate.py --model ... --task gp-vl --ood                  in pictures
+    python evaluate.py --model ... --task virl-l --ood                 walks
     python evaluate.py --run runs/sft-gp-l-s0 --ood                    every checkpoint of a run
     python evaluate.py --plot results --out results/figure.png         the figure, from metrics
 
@@ -39,9 +43,11 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 import gp_env
-from sft import (DEFAULT_MODEL, TASKS, Metrics, Problem, check_flags, check_sight, checkpoints,
-                 cross_states, crossing_layers, guarded, load_backbone, look, may_look, pick_device,
-                 picture_flag, picture_size, read_lines, see, user_ids, write_json)
+import virl_env
+from sft import (DEFAULT_MODEL, OTHER_CITIES, TASKS, TRAINING_CITY, Metrics, Problem, check_flags,
+                 check_sight, checkpoints, cross_states, crossing_layers, data_flags, guarded,
+                 load_backbone, look, may_look, name_default, parse_flags, pick_device,
+                 picture_size, pictured, places, read_lines, see, user_ids, write_json)
 from verifier import MAX_ANSWER, read_answer
 
 EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same for every model
@@ -63,9 +69,25 @@ PICTURE_CELLS = {
     "visual": dict(rule="ten", face=False, suits="red"),
     "both": dict(rule="face", face=True, suits="red"),
 }
-TASK_CELLS = {"gp-l": CELLS, "gp-vl": PICTURE_CELLS}
+# On walks the second shift is the place: other streets and names, in pictures other houses, signs
+# and weather, too; in text the cell is called `visual` all the same. No route there is a training
+# route, so there is nothing to split. `fake` states the relative words and pays for the absolute
+# ones: the steps name both, so either can be copied.
+WALK_CELLS = {
+    "id": dict(rule="absolute"),
+    "ood": dict(rule="relative"),
+    "visual": dict(rule="absolute", elsewhere=True, split="all"),
+    "both": dict(rule="relative", elsewhere=True, split="all"),
+    "fake": dict(rule="relative", scoring_rule="absolute"),
+}
+TASK_CELLS = {"gp-l": CELLS, "gp-vl": PICTURE_CELLS, "virl-l": WALK_CELLS, "virl-vl": WALK_CELLS}
 # What a run measures again and again, with --ood
-CURVE_CELLS = {"gp-l": ["id", "ood"], "gp-vl": list(PICTURE_CELLS)}
+CURVE_CELLS = {"gp-l": ["id", "ood"], "gp-vl": list(PICTURE_CELLS),
+               "virl-l": ["id", "ood", "visual"], "virl-vl": ["id", "ood", "visual"]}
+# Defaults of flags that a task wants otherwise than gp-l. 180 walks are about 3,000 tries, so that
+# per-step accuracy is known to +-2 points, and 20 walks in each of nine cities. A prompt on a walk
+# is five times as long as a hand's: fewer in a batch.
+TASK_DEFAULTS = dict.fromkeys(("virl-l", "virl-vl"), {"hands": 180, "batch": 64})
 SPLIT_NAMES = {"train": "seen", "test": "held-out", "val": "validation", "all": "all"}
 
 
@@ -135,6 +157,14 @@ class RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self.room = None
 
+    def select_columns(self, columns):
+        """Keep these columns of each row, in this order. columns (B, T)."""
+        if self.get_seq_length():
+            index = columns[:, None, :, None].expand(-1, self.keys.shape[1], -1,
+                                                     self.keys.shape[3])
+            self.keys, self.values = self.keys.gather(2, index), self.values.gather(2, index)
+            self.room = None
+
 
 class PictureLayer(DynamicLayer):
     """The cache of a layer that attends to a picture: new keys and values replace the old ones."""
@@ -179,9 +209,30 @@ class Reader:
         self.tiles = None
         self.looking = torch.zeros(self.rows, 1, dtype=torch.bool, device=device)
 
-    def forget(self, row):
-        """Make one row start afresh: none of its earlier columns is visible any more."""
-        self.mask[row], self.looking[row] = 0, False
+    def forget(self, rows):
+        """Make these rows start afresh: none of their earlier columns is visible any more.
+
+        A walk forgets at every position, and columns that nobody sees would pile up. So the visible
+        ones of each row move to the right end, in their order, and the rest is cut off:
+
+            columns    0  1  2  3  4  5                  0  1  2
+            row 0      p  p  p  .  a  a   forgets   ->   .  .  .
+            row 1      .  p  p  a  .  .             ->   p  p  a
+
+        Nothing else changes: a key has its position built in, so it may stand in any column, if its
+        mask goes with it and new columns come to the right of it (attention is causal by column).
+        The next positions count on from the columns that are visible, as before.
+        """
+        self.mask[rows], self.looking[rows] = 0, False
+        # Sorted stably by 0 and 1, each row's visible columns are the last ones, in their order. As
+        # many columns are kept as the longest row needs: none at all where every row forgets.
+        longest = int(self.mask.sum(1).max())
+        columns = self.mask.sort(dim=1, stable=True).indices
+        columns = columns[:, columns.shape[1] - longest:]                       # (B, longest)
+        self.mask = self.mask.gather(1, columns)
+        for layer in self.cache.layers:
+            if isinstance(layer, RoomyLayer):       # what belongs to a picture has no such columns
+                layer.select_columns(columns)
 
     def keep(self, indices):
         """Go on with only these rows."""
@@ -296,7 +347,6 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
             new[e] = observation["new_conversation"]
             told[e], picture = _user_turn(backbone, observation)
             if new[e]:
-                reader.forget(row)
                 shown[e] = picture              # until the next new conversation, or None
                 spoken[e], pending[e] = [], list(told[e])
                 continue
@@ -310,6 +360,10 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
             playing = [playing[row] for row in stay]
             if playing and keep_cache:
                 reader.keep(torch.tensor(stay, device=device))
+        # --- a new conversation forgets; last, so that rows that left hold no columns
+        fresh = [row for row, e in enumerate(playing) if new[e]]
+        if fresh and keep_cache:
+            reader.forget(fresh)
         if progress:
             progress(len(envs) - len(playing))
     return episodes
@@ -383,14 +437,28 @@ def wilson(hits, count, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def cell_environments(cell, split, count, task="gp-l", size=None):
+def cell_environments(cell, split, count, task="gp-l", size=None,
+                      where=(TRAINING_CITY, OTHER_CITIES)):
     """Environments and seeds of one cell. The hands depend on (cell, split, count) alone.
 
-    task: whose cell it is. size: of the pictures of gp-vl, (width, height) in pixels.
+    task: whose cell it is. size: of the pictures, (width, height) in pixels. where: V-IRL's
+    training place, and its other places, which take turns.
     """
-    how = TASK_CELLS[task][cell] | ({"picture": size} if task == "gp-vl" else {})
-    envs = [gp_env.GeneralPoints(split=split, **how) for _ in range(count)]
+    how = {"split": split} | TASK_CELLS[task][cell]
+    how |= {"picture": size} if pictured(task) else {}
+    turns = [{}]
+    if task.startswith("virl"):
+        turns = [{"where": place} for place in (where[1] if how.pop("elsewhere", 0) else where[:1])]
+        # One walk gives both counts (measure_walks): up to the first position missed it is the
+        # paper's walk, whether or not its rail goes on after that.
+        how["go_on"] = True
+    envs = [new_game(task, **how, **turns[i % len(turns)]) for i in range(count)]
     return envs, [[EVALUATION_SEED, i] for i in range(count)]
+
+
+def new_game(task, **how):
+    """An environment of a task. how: its arguments."""
+    return (virl_env.Navigation if task.startswith("virl") else gp_env.GeneralPoints)(**how)
 
 
 def measure(episodes):
@@ -449,31 +517,116 @@ def _read_as_stated(episode):
     return gp_env.verify_gp(episode.turns[0].text, hand.cards, hand.numbers).numbers_right
 
 
+def positions(episode):
+    """The tries of an episode, conversation by conversation, as lists of Turn.
+
+    A hand is one conversation, a walk is one at each position of its rail.
+    """
+    found = []
+    for turn in episode.turns:
+        if turn.new_conversation:
+            found.append([])
+        found[-1].append(turn)
+    return found
+
+
+def solved(episode):
+    """Did it end well: the hand solved, or every position of the walk right within its tries?"""
+    return episode.terminated and all(tries[-1].verdict.correct for tries in positions(episode))
+
+
+def measure_walks(episodes):
+    """What a list of finished walks shows, whose rails go on. Returns counts and rates in 0..1.
+
+    success: every position right within its tries. per_step: right tries of all tries (the paper's
+    main measure: the tries at a position are separate samples). A walk of the paper ends at the
+    first position missed, and its first position is always a turn: a policy that gets every turn
+    wrong has 0 there, whatever else it knows. Hence per_step_on, with the tries after a miss.
+
+        position       first turn   forward   later turn   stop        per_step   per_step_on
+        right tries    0 of 2       1 of 1    1 of 2       1 of 1      0 of 2     3 of 6
+
+    kinds, kinds_on: the same for each kind of action, with intervals. landmarks_read,
+    crossings_read: share of positions whose first answer says what is there. errors: kinds of the
+    wrong first answers. The tries of a walk are not independent, so intervals of tries are a little
+    narrow.
+    """
+    paper, on, first = [], [], []       # (kind of action, verdict) of tries; first tries' verdicts
+    for episode in episodes:
+        missed = False
+        # The rail is where the walker stood, conversation by conversation: play() never skips one.
+        for place, tries in zip(episode.env.rail, positions(episode)):
+            judged = [(place.kind, turn.verdict) for turn in tries]
+            on += judged
+            # The paper's walk ends WITH the position that is missed: its tries still count.
+            paper += [] if missed else judged
+            missed |= not tries[-1].verdict.correct
+            # Reading is judged before the verifier has said what was misread.
+            first.append(tries[0].verdict)
+    count, hits = len(episodes), sum(map(solved, episodes))
+    errors = Counter(v.kind for v in first if not v.correct)
+    found = {"count": count, "hits": hits, "success": hits / count,
+             "interval": wilson(hits, count)}
+    for suffix, judged in (("", paper), ("_on", on)):
+        kinds = {"every action": _rate(verdict for _, verdict in judged)}
+        kinds |= {kind: _rate(v for k, v in judged if k == kind) for kind in virl_env.KINDS}
+        found |= {f"per_step{suffix}": kinds["every action"]["rate"],
+                  f"steps{suffix}": kinds["every action"]["count"], f"kinds{suffix}": kinds}
+    return found | {
+        "first_try": sum(v.correct for v in first) / len(first),
+        "landmarks_read": sum(v.landmarks_right for v in first) / len(first),
+        "crossings_read": sum(v.intersection_right for v in first) / len(first),
+        "errors": {kind: n / len(first) for kind, n in sorted(errors.items())},
+        "tries": sum(len(e.turns) for e in episodes) / count}
+
+
+def _rate(verdicts):
+    """Share of the verdicts that are right; 0 of 0 is 0, with an interval from 0 to 1."""
+    right = [verdict.correct for verdict in verdicts]
+    return {"rate": sum(right) / max(1, len(right)), "count": len(right),
+            "interval": wilson(sum(right), len(right))}
+
+
+def measure_places(episodes):
+    """{"places": {city or folder: measures}}, where the walks of a cell lie in several."""
+    apart = {}
+    for episode in episodes:
+        apart.setdefault(episode.env.atlas.where, []).append(episode)
+    if len(apart) == 1:
+        return {}
+    return {"places": {where: measure_walks(some) for where, some in apart.items()}}
+
+
 def evaluate(backbone, cells, splits, count, temperature=0.6, batch=256, max_new_tokens=48,
-             quiet=False, task="gp-l", size=None):
-    """Play `count` hands of each cell and split.
+             quiet=False, task="gp-l", size=None, where=(TRAINING_CITY, OTHER_CITIES)):
+    """Play `count` hands or walks of each cell and split.
 
     Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes, ...}).
 
-    batch: episodes played together; it changes speed, not results (up to rounding). task, size:
-    see `cell_environments`.
+    batch: episodes played together; it changes speed, not results (up to rounding). task, size,
+    where: see `cell_environments`.
     """
     results, kept = {}, {}
     # Hands AND random draws are a function of the cell: two checkpoints meet the same hands, and
     # their difference is not the luck of the deal.
-    names = [(cell, split) for split in splits for cell in cells]
-    bar = tqdm(total=len(names) * count, desc="evaluate", unit="hand", leave=False,
+    # A cell of other cities has one split, which is played once.
+    names = list(dict.fromkeys((cell, TASK_CELLS[task][cell].get("split", split))
+                               for split in splits for cell in cells))
+    bar = tqdm(total=len(names) * count, desc="evaluate", unit="episode", leave=False,
                disable=quiet or not sys.stderr.isatty(), dynamic_ncols=True)
     for cell, split in names:
-        envs, seeds = cell_environments(cell, split, count, task, size)
+        envs, seeds = cell_environments(cell, split, count, task, size, where)
         episodes = []
         for start in range(0, count, batch):
             generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
             episodes += play(backbone, envs[start:start + batch], seeds[start:start + batch],
                              temperature, max_new_tokens, generator)
+            for turn in (turn for episode in episodes[start:] for turn in episode.turns):
+                turn.picture = None     # only an update looks again: gigabytes on a large model
             bar.update(len(episodes) - start)
         name = f"{SPLIT_NAMES[split]}/{cell}"
-        results[name] = measure(episodes)
+        results[name] = (measure_walks(episodes) | measure_places(episodes)
+                         if task.startswith("virl") else measure(episodes))
         kept[name] = episodes
     bar.close()
     return results, kept
@@ -483,10 +636,18 @@ def show(results):
     """One aligned line for each cell."""
     for name, m in results.items():
         low, high = m["interval"]
-        print(f"  {name:30s} success {m['success']:6.1%} [{low:.1%}, {high:.1%}]  first try "
-              f"{m['first_try']:6.1%}  numbers read right {m['numbers_read']:6.1%}"
-              + (f"  cards: all four {m['cards_read']:6.1%}, single {m['single_cards']:6.1%}"
-                 if "single_cards" in m else ""), flush=True)
+        line = f"  {name:30s} success {m['success']:6.1%} [{low:.1%}, {high:.1%}]"
+        if "per_step" in m:             # walks
+            low, high = m["kinds"]["every action"]["interval"]
+            first, later = (m["kinds_on"][kind]["rate"] for kind in virl_env.KINDS[:2])
+            line += (f"  per step {m['per_step']:6.1%} [{low:.1%}, {high:.1%}]  rail goes on "
+                     f"{m['per_step_on']:6.1%}, first turn {first:6.1%}, later turns {later:6.1%}")
+        else:
+            line += (f"  first try {m['first_try']:6.1%}  "
+                     f"numbers read right {m['numbers_read']:6.1%}")
+        if "single_cards" in m:         # cards in pictures
+            line += f"  cards: all four {m['cards_read']:6.1%}, single {m['single_cards']:6.1%}"
+        print(line, flush=True)
 
 
 def show_confusion(results):
@@ -502,24 +663,60 @@ def show_confusion(results):
                                              for read in names))
 
 
-def show_transcripts(episodes, count, pictures=""):
-    """Print whole conversations, half of them solved and half not, as far as there are any.
+def show_kinds(results):
+    """Walks: a table for each cell, accuracy by kind of action and by city, intervals in %."""
+    for name, m in results.items():
+        if "kinds" not in m:
+            continue
+        print(f"\n# {name:26s}{'up to the first miss':31s}the rail goes on")
+        lines = {kind: (m["kinds"][kind], m["kinds_on"][kind]) for kind in m["kinds"]}
+        lines |= {place: (own["kinds"]["every action"], own["kinds_on"]["every action"])
+                  for place, own in m.get("places", {}).items()}
+        for line, rates in lines.items():
+            print(f"    {line[-22:]:24s}" + "".join(
+                "{:6.1%} [{:4.0%}, {:4.0%}] of {:<7d}".format(r["rate"], *r["interval"], r["count"])
+                for r in rates))
+        print(f"    first answers: landmarks read right {m['landmarks_read']:.1%}, intersection "
+              f"{m['crossings_read']:.1%}")
 
-    pictures: where the hands that were shown go, as PICTURES-1.png, PICTURES-2.png, ...
+
+def show_transcripts(episodes, count, pictures="", positions_shown=3):
+    """Print conversations, half of them solved and half not, as far as there are any.
+
+    pictures: where the pictures that were shown go, as PICTURES-1.png, PICTURES-2.png, ... On
+    walks these are those of the first positions_shown positions; the others are left out.
     """
-    solved = [e for e in episodes if e.terminated][:count - count // 2]
-    failed = [e for e in episodes if not e.terminated][:count - len(solved)]
-    for number, episode in enumerate(solved + failed, 1):
-        print("\n" + "=" * 30, "solved" if episode.terminated else "not solved", "=" * 30)
-        if episode.env.picture:
-            path = pathlib.Path(f"{pictures}-{number}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            episode.env.image.save(path)
-            print(f"[the picture is in {path}: {', '.join(episode.env.hand.cards)}]")
-        print(episode.prompt)
-        for turn in episode.turns:
-            print(f"  model     {turn.text}")
-            print(f"  verifier  [{turn.reward:+.1f}] {turn.message}")
+    # A walk whose rail goes on is terminated whatever was missed: `terminated` would not do here.
+    good = [e for e in episodes if solved(e)][:count - count // 2]
+    failed = [e for e in episodes if not solved(e)][:count - len(good)]
+    number = 0
+    for episode in good + failed:
+        print("\n" + "=" * 30, "solved" if solved(episode) else "not solved", "=" * 30)
+        prompt, talks = episode.prompt, positions(episode)
+        for at, tries in enumerate(talks[:positions_shown]):
+            if episode.env.picture:
+                number += 1
+                path = pathlib.Path(f"{pictures}-{number}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image, seen = _shown(episode.env, at)
+                image.save(path)
+                print(f"[the picture is in {path}: {seen}]")
+            print(prompt)
+            for turn in tries:
+                # at a new position the environment's words are the next prompt, not a message
+                prompt, moved = turn.message, turn is tries[-1] and at + 1 < len(talks)
+                print(f"  model     {turn.text}")
+                print(f"  verifier  [{turn.reward:+.1f}] "
+                      f"{turn.verdict.message if moved else turn.message}")
+        if len(talks) > positions_shown:
+            print(f"... and {len(talks) - positions_shown} more positions (--show-positions)")
+
+
+def _shown(env, at):
+    """(picture, what is on it) of a hand, or of the position number `at` of a walk."""
+    if isinstance(env, virl_env.Navigation):
+        return env.look(env.rail[at]), env.rail[at].observation
+    return env.image, ", ".join(env.hand.cards)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -540,7 +737,7 @@ def read_runs(folder, task="gp-l"):
             for row in rows:                        # every number that a figure or table asks for
                 float(row["flops_spent"]), int(row["hands"])
                 for m in row["cells"].values():
-                    float(m["success"]), float(m["numbers_read"])
+                    [float(m[measure]) for measure in TABLE[task][1]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Problem(f"{path.parent}: not a run this script can read ({error})") from None
     if not runs:
@@ -578,7 +775,19 @@ def gain(hits, count, hits_before, count_before, z=1.96):
             p - q + math.hypot(high_p - p, q - low_q))
 
 
-def table(runs):
+# What a table tells: its heading, and {measure: what is added to the name of the cell}
+_HANDS = ("success within five tries", {"success": "", "numbers_read": ", numbers read right"})
+_WALKS = ("right actions of all tries", {
+    "per_step": "", "per_step_on": ", the rail goes on", "success": ", whole routes"})
+TABLE = {"gp-l": _HANDS,
+         "gp-vl": (_HANDS[0], _HANDS[1] | {"cards_read": ", all four cards read right"}),
+         "virl-l": _WALKS, "virl-vl": _WALKS}
+# What a measure is a share of, where it is not a share of the hands or walks. It differs between
+# checkpoints: a walk that misses later has more tries.
+SHARE_OF = {"per_step": "steps", "per_step_on": "steps_on"}
+
+
+def table(runs, task="gp-l"):
     """A Markdown table: start, end of SFT and of RL; mean (lowest-highest) over seeds.
 
     The gains pool the hands of all seeds. Hands repeat between seeds and share numbers, so the
@@ -588,21 +797,22 @@ def table(runs):
             "SFT": [rows[-1] for kind, _, rows in runs if kind == "sft"],
             "RL": [rows[-1] for kind, _, rows in runs if kind == "rl"]}
     names = [n for n in ends if ends[n]]
-    lines = ["| success within five tries | " + " | ".join(names) + " | " + " | ".join(
+    heading, said = TABLE[task]
+    lines = [f"| {heading} | " + " | ".join(names) + " | " + " | ".join(
         f"{n} - start, 95 % interval" for n in names[1:]) + " |", "|---" * (2 * len(names)) + "|"]
     cells = (ends["RL"] or ends["SFT"])[0]["cells"]
-    said = {"success": "", "numbers_read": ", numbers read right"}
-    if any("single_cards" in m for m in cells.values()):
-        said["cards_read"] = ", all four cards read right"
     for cell, measure_name in [(c, m) for m in said for c in cells
                                if all(c in r["cells"] for n in names for r in ends[n])]:
         line = [cell + said[measure_name]]
         for name in names:
             rates = [100 * row["cells"][cell][measure_name] for row in ends[name]]
             line.append(f"{sum(rates) / len(rates):.1f} ({min(rates):.1f}-{max(rates):.1f})")
-        pooled = {n: [(row["cells"][cell][measure_name] * row["hands"], row["hands"])
-                      for row in ends[n]] for n in names}
-        pooled = {n: [sum(x) for x in zip(*pairs)] for n, pairs in pooled.items()}
+        pooled = {}
+        for name in names:
+            counts = [row["cells"][cell].get(SHARE_OF.get(measure_name), row["hands"])
+                      for row in ends[name]]
+            hits = [row["cells"][cell][measure_name] * n for row, n in zip(ends[name], counts)]
+            pooled[name] = sum(hits), sum(counts)
         for name in names[1:]:
             line.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(
                 *(100 * x for x in gain(*pooled[name], *pooled["start"]))))
@@ -621,11 +831,19 @@ PANELS = {
               ("visual OOD, held-out hands", "held-out/visual", "success"),
               ("ID: all four cards read", "held-out/id", "cards_read"),
               ("visual OOD: all four cards read", "held-out/visual", "cards_read")),
+    # per_step of the rule OOD is nearly the first turn alone; beside it, the same where the rail
+    # goes on (measure_walks). The other cities as in the paper's Fig. 7: right actions and routes.
+    "virl-l": (("ID, held-out routes", "held-out/id", "per_step"),
+               ("rule OOD, held-out routes", "held-out/ood", "per_step"),
+               ("rule OOD, the rail goes on", "held-out/ood", "per_step_on"),
+               ("visual OOD, nine other cities", "all/visual", "per_step"),
+               ("visual OOD, whole routes", "all/visual", "success")),
 }
+PANELS["virl-vl"] = PANELS["virl-l"]
 
 
 def plot(folder, path, task="gp-l"):
-    """Success against training compute, ID and OOD, SFT and RL: the paper's Fig. 5, 7 and 8."""
+    """Success (on walks, right actions) against training compute: the paper's Fig. 5, 7 and 8."""
     runs = read_runs(folder, task)
     colours = {"sft": (52, 104, 192), "rl": (200, 60, 50)}
     panels = []
@@ -636,9 +854,10 @@ def plot(folder, path, task="gp-l"):
             panels.append({"title": title, "x_label": "FLOPs spent",
                            "y_label": "%", "series": series})
     seeds = {seed for _, seed, _ in runs}
-    draw_panels(panels, path, f"GeneralPoints, {'text' if task == 'gp-l' else 'pictures'}: "
+    game = "V-IRL, right actions of all tries" if task.startswith("virl") else "GeneralPoints"
+    draw_panels(panels, path, f"{game}, {'pictures' if pictured(task) else 'text'}: "
                 f"mean and range over {len(seeds)} seeds")
-    print(table(runs))
+    print(table(runs, task))
 
 
 def draw_panels(panels, path, title=""):
@@ -811,7 +1030,7 @@ def evaluate_run(args, cells, splits, device):
         check_sight(backbone, args.task, folder)
         results, _ = evaluate(backbone, cells, splits, args.hands, args.temperature, args.batch,
                               args.max_new_tokens, task=args.task,
-                              size=picture_size(args.picture_size))
+                              size=picture_size(args.picture_size), where=places(args))
         print(f"step {step}")
         show(results)
         spent = spent_at.get(step, 0)               # SFT: the paper's formula is what was spent
@@ -829,29 +1048,34 @@ def main():
     group.add_argument("--steps", type=int, nargs="+", help="with --run: only these checkpoints")
     group.add_argument("--plot", metavar="FOLDER", help="draw the runs below this folder, and stop")
     group.add_argument("--ood", action=argparse.BooleanOptionalAction, default=False,
-                       help="all cells: rule OOD, the two shifts apart, the fake probe; gp-vl: "
-                       "rule OOD, visual OOD, both")
-    every = list(CELLS | PICTURE_CELLS)
+                       help="all cells: rule OOD, the two shifts apart, the fake probe; gp-vl, "
+                       "V-IRL: rule OOD, visual OOD, both (V-IRL: and the fake probe)")
+    every = list(CELLS | PICTURE_CELLS | WALK_CELLS)
     group.add_argument("--cells", nargs="+", choices=every, metavar="CELL",
                        help="measure just these: " + "; ".join(
                            f"{task}: {', '.join(cells)}" for task, cells in TASK_CELLS.items()))
     group.add_argument("--splits", nargs="+", choices=SPLIT_NAMES, default=["train", "test"],
-                       help="hands: train (seen), test (held out), val, all")
-    picture_flag(group)
+                       help="hands or routes: train (seen), test (held out), val, all")
+    data_flags(group)
     group = parser.add_argument_group("how")
-    group.add_argument("--hands", type=int, default=1000, help="a cell (paper: 234)")
+    group.add_argument("--hands", type=int, default=1000, help="hands or walks a cell (paper: 234; "
+                       f"V-IRL: 48); {name_default(TASK_DEFAULTS, 'hands')}")
     group.add_argument("--temperature", type=float, default=0.6,
                        help="of sampling; 0 takes the likeliest token (default 0.6, as the "
                        "paper's backbone is shipped)")
-    group.add_argument("--batch", type=int, default=256, help="episodes at once: speed and memory")
-    group.add_argument("--max-new-tokens", type=int, default=48, help="longest answer")
+    group.add_argument("--batch", type=int, default=256, help="episodes at once: speed and memory; "
+                       + name_default(TASK_DEFAULTS, "batch"))
+    group.add_argument("--max-new-tokens", type=int, default=48, help="longest answer (default 48; "
+                       "the small backbone spells real names out: with --routes take 200)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda")
     group.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
     group.add_argument("--show", type=int, default=0, metavar="N",
                        help="print N transcripts a cell, half of them solved; pictures go to "
                        "runs/shown")
+    group.add_argument("--show-positions", type=int, default=3, metavar="N",
+                       help="V-IRL: of each transcript, the first N positions (default 3)")
     group.add_argument("--out", help="JSON file for the results, or PNG file for --plot")
-    args = parser.parse_args()
+    args = parse_flags(parser, TASK_DEFAULTS)
     if args.out and not pathlib.Path(args.out).absolute().parent.is_dir():
         raise Problem(f"--out {args.out}: there is no such folder; make it first")
     if args.out and pathlib.Path(args.out).is_dir():
@@ -861,7 +1085,7 @@ def main():
         plot(args.plot, out, args.task)
         print(f"drew {out}")
         return
-    check_flags(args, at_least_one=("hands", "batch", "max_new_tokens"))
+    check_flags(args, at_least_one=("hands", "batch", "max_new_tokens", "show_positions"))
     cells = args.cells or (list(TASK_CELLS[args.task]) if args.ood else ["id"])
     foreign = [cell for cell in cells if cell not in TASK_CELLS[args.task]]
     if foreign:
@@ -876,20 +1100,22 @@ def main():
     backbone = load_backbone(name, device)
     check_sight(backbone, args.task, name)
     began = time.time()
-    print(f"{name} on {args.task}: {args.hands} hands a cell, temperature {args.temperature:g}")
+    print(f"{name} on {args.task}: {args.hands} episodes a cell, temperature {args.temperature:g}")
     results, episodes = evaluate(backbone, cells, args.splits, args.hands, args.temperature,
                                  args.batch, args.max_new_tokens, task=args.task,
-                                 size=picture_size(args.picture_size))
+                                 size=picture_size(args.picture_size), where=places(args))
     show(results)
     for cell, m in results.items():
         kinds = ", ".join(f"{kind} {rate:.1%}" for kind, rate in m["errors"].items())
         print(f"  {cell:30s} first answers that were wrong: {kinds or 'none'}")
     show_confusion(results)
+    show_kinds(results)
     print(f"{time.time() - began:.0f} s")
     if args.show:
         for name in episodes:
             print("\n#", name)
-            show_transcripts(episodes[name], args.show, f"runs/shown/{name.replace('/', '-')}")
+            show_transcripts(episodes[name], args.show, f"runs/shown/{name.replace('/', '-')}",
+                             args.show_positions)
     if args.out:
         write_json(args.out, results)
 

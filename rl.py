@@ -1,12 +1,14 @@
 """Stage 2, reinforcement learning: multi-turn PPO against a verifier, by hand.
 
 Paper: arXiv 2501.17161, sections 3 and 5, appendix C. The model plays whole episodes (answer,
-verifier message, answer, ... up to five tries). One ANSWER is one action, one TRY is one time step.
+verifier message, answer, ...): a hand of up to five tries, or a walk of up to two tries at each of
+about 15 positions. One ANSWER is one action, one TRY is one time step.
 
   1. collect: play B episodes with the current policy (evaluate.play)
   2. score: one forward pass over each conversation gives log p of every sampled token and, at the
      last prompt token before each answer, the value V of that state
-  3. advantages: GAE over the tries of an episode; nothing leaks past its end
+  3. advantages: GAE over the tries of an episode, also where it lies in several conversations (a
+     walk: one for each position); nothing leaks past its end
   4. update: several epochs of minibatches on the clipped policy loss + clipped value loss
   5. log, save, and now and then evaluate on hands and rules that were never trained on
 
@@ -25,6 +27,7 @@ What differs from the paper's text or its released code, and why:
   * one forward pass scores all tries of an episode, instead of one pass for each try
 
     python rl.py --task gp-l --ood             the main job
+    python rl.py --task virl-l --ood           walks, after python sft.py --build virl
     python rl.py --task gp-l --inspect         one episode, token by token
     python rl.py --task gp-l --from-backbone   no SFT start: RL has nothing to reward (Fig. 9)
 
@@ -38,14 +41,27 @@ import shutil
 import sys
 import time
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import gp_env
 import sft
-from evaluate import CURVE_CELLS, evaluate, play, show
+import virl_env
+from evaluate import CURVE_CELLS, evaluate, new_game, play, show
 from sft import (Metrics, Problem, checkpoints, guarded, load_backbone, load_state, pad,
                  pick_device, read_lines, save_checkpoint, task_parameters, token_logprobs, trunk)
+
+
+# Defaults of flags that a task wants otherwise than gp-l. A walk has about as many tries (13) as
+# four hands, so a quarter of the episodes is as much experience; but its tries lie in eleven
+# conversations, so a minibatch of as many tries has three times the rows. 48 walks are evaluated
+# on, as in the paper; 8 updates are a first guess at ten minutes, not tuned yet. The start is made
+# with sft.py's own defaults for the task.
+WALKS = {"tries": virl_env.TRIES, "updates": 8, "episodes": 64, "minibatch": 96, "eval_hands": 48,
+         "eval_every": 4}
+TASK_DEFAULTS = {task: WALKS | {f"sft_{flag}": value for flag, value in own.items()}
+                 for task, own in sft.TASK_DEFAULTS.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -66,7 +82,7 @@ def collect(backbone, args, update):
     Hands and samples are a function of (seed, update), so a resumed run plays the same games.
     """
     options = sft.game_options(args)
-    envs = [gp_env.GeneralPoints(split=args.split, tries=args.tries, **options)
+    envs = [new_game(args.task, split=args.split, tries=args.tries, **options)
             for _ in range(args.episodes)]
     seeds = [[1, args.seed, update, i] for i in range(args.episodes)]
     device = backbone.device
@@ -77,12 +93,20 @@ def collect(backbone, args, update):
 def conversations(episodes):
     """Episodes -> rows that one forward pass can score. Returns a list of dicts:
 
-    ids    tokens of one whole conversation (one for each episode of GeneralPoints)
+    ids    tokens of one whole conversation (one for each hand, or each position of a walk)
     mask   1 on sampled tokens, 0 on prompts and verifier messages: the policy did not choose those
     ends   for each try, the position of the last token BEFORE its answer: V is read there, because
            a value that had seen the answer would not be a baseline
     tries  for each try, (episode, number of the try), to find its reward and advantage
     picture  what the conversation shows, as tensors (sft.look), or None
+
+    In a walk a new position begins a new conversation, and the number of the try runs on:
+
+        position of the rail    1             2        3
+        tries                   wrong right   right    wrong wrong
+        rows                    (e,0) (e,1)   (e,2)    (e,3) (e,4)
+
+    Of one conversation:
 
         position   0  1  2   3  4  5   6  7   8  9
         token      p  p  p   a  a  .   m  m   a  .       p prompt, a answer, . end, m message
@@ -214,7 +238,9 @@ def add_advantages(rows, episodes, gamma, lam):
     7). Returns are left alone, they are what the critic has to predict.
     """
     # An episode may lie in several rows (V-IRL forgets after each right action); time runs on
-    # through all of them, so tries are put back in order by (episode, number of the try).
+    # through all of them, so tries are put back in order by (episode, number of the try). What
+    # follows the last try at a position is V of the next position, read in ANOTHER row: forgetting
+    # the words ends a conversation, not the episode.
     values = {t: v for r in rows for t, v in zip(r["tries"], r["values"])}
     result = {}
     for e, episode in enumerate(episodes):
@@ -325,7 +351,8 @@ def _answer_lengths(row):
 def ppo_update(backbone, head, optimizer, rows, args, update):
     """args.epochs passes over the batch in shuffled minibatches. Returns mean statistics."""
     sft.learning_mode(backbone, True)
-    done = update * args.epochs * -(-len(rows) // args.minibatch)   # optimiser steps before this
+    # Optimiser steps before this update: exact for hands, about right for walks, whose rows vary.
+    done = update * args.epochs * -(-len(rows) // args.minibatch)
     log, fed, skipped = [], 0, 0
     order = seeded(args.seed, update, 3)
     for _ in range(args.epochs):
@@ -376,8 +403,9 @@ def explained_variance(values, returns):
 # ------------------------------------------------------------------------------------------------
 
 
-# For `estimate`: cost of a hand or episode, in units of training on one single-try conversation.
-EVALUATE_COST, SAMPLE_COST, TRAIN_COST = 4.3, 3.7, 3.9
+# For `estimate`: cost of evaluating, sampling and training on a hand (a walk), in units of training
+# on one single-try conversation. Walks: of a policy that is right in four tries of five.
+COSTS = {"gp": (4.3, 3.7, 3.9), "virl": (6.0, 6.0, 12.0)}
 
 
 def self_check(rows, episodes, backbone, split):
@@ -396,17 +424,27 @@ def self_check(rows, episodes, backbone, split):
         raise Problem(f"self-check: sampler and update disagree on log p by {gap:.2g}: wrong "
                       "temperature, positions, padding side or shift")
     whole = [t.answer_ids[-1] in backbone.end_ids for e in episodes for t in e.turns]
-    hands = {gp_env.split_of(e.env.hand.cards) for e in episodes}
     held_out = split == "train"                         # --split all holds nothing out
-    if held_out and hands != {"train"}:
-        raise Problem("self-check: a held-out hand is among the training hands")
+    if held_out and not all(in_training(e.env) for e in episodes):
+        raise Problem("self-check: a held-out hand or route is among those of training")
     return (f"self-check: max |log ratio| {gap:.1e} before any step, {len(scored)} tokens sampled "
             f"and masked, {sum(whole) / len(whole):.1%} of answers ended"
-            + ", no held-out hand" * held_out)
+            + ", no held-out hand or route" * held_out)
+
+
+def in_training(env):
+    """Does the hand or route of an episode belong to the training split?
+
+    Asked of what was dealt, not of the `split` that the game was told to deal from: a leak in the
+    dealing is just what this must find.
+    """
+    if isinstance(env, virl_env.Navigation):
+        return env.route.index in virl_env.split_routes(len(env.atlas), "train")
+    return gp_env.split_of(env.hand.cards) == "train"
 
 
 def inspect(rows, episodes, backbone):
-    """Print one episode as a table: what was said, what counts, and what PPO will do about it."""
+    """Print one conversation as a table: what was said, what counts, what PPO will do about it."""
     row = max(rows, key=lambda r: len(r["tries"]))
     episode = episodes[row["tries"][0][0]]
     print("pos  token                     mask   log p   value  reward  advantage  return")
@@ -417,8 +455,9 @@ def inspect(rows, episodes, backbone):
         line = f"{i:3d}  {text if len(text) < 25 else text[:21] + '...':25s} {m:3d}"
         line += f"  {next(answer):7.3f}" if m else ""
         if i in ends:
-            k = ends[i]
-            line += (f"           {row['values'][k]:6.2f}  {episode.turns[k].reward:+6.1f}  "
+            k = ends[i]                         # number of the try in this row, not in the episode
+            reward = episode.turns[row["tries"][k][1]].reward
+            line += (f"           {row['values'][k]:6.2f}  {reward:+6.1f}  "
                      f"{row['advantages'][k]:9.2f}  {row['returns'][k]:6.2f}")
         print(line)
 
@@ -430,9 +469,11 @@ def make_start(args, backbone):
         device=args.device, threads=args.threads, grad_checkpoint=args.grad_checkpoint,
         micro_batch=args.micro_batch, steps=args.sft_steps, start_step=args.sft_start_step,
         batch=args.sft_batch, lr=args.sft_lr, save_every=args.sft_save_every, resume=False,
-        picture_size=args.picture_size, freeze=None)
+        picture_size=args.picture_size, freeze=None, routes=args.routes,
+        other_routes=args.other_routes)
     key = {k: v for k, v in vars(wanted).items() if v is not None and k in (
-        "task", "model", "split", "seed", "steps", "start_step", "batch", "lr", "picture_size")}
+        "task", "model", "split", "seed", "steps", "start_step", "batch", "lr", "picture_size",
+        "routes")}
     folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}"
     path = folder / f"step-{args.sft_start_step:06d}"
     made = read_lines(folder / "made.jsonl")        # written last: without it, a kill came first
@@ -457,11 +498,12 @@ def main():
     sft.sft_flags(parser, "sft-")
     group = parser.add_argument_group("PPO")
     for name, kind, default, text in (
-            ("updates", int, 24, "PPO updates (paper: 20)"),
+            ("updates", int, 24, "PPO updates (paper: 20; V-IRL: 15)"),
             ("episodes", int, 256, "episodes an update (paper: about 500, as 2,048 tries)"),
-            ("tries", int, gp_env.TRIES, "answers an episode (paper: 5)"),
+            ("tries", int, gp_env.TRIES, "answers a hand, or a position (paper: 5; V-IRL: 2)"),
             ("temperature", float, 0.6, "of sampling and of the ratio (paper: 0.2)"),
-            ("max-new-tokens", int, 48, "longest answer in tokens (paper: 512)"),
+            ("max-new-tokens", int, 48, "longest answer in tokens (paper: 512); the small backbone "
+             "spells real names out: with --routes take 200"),
             ("lr", float, 1e-4, "peak learning rate of the policy (paper: 1e-6 at 11B)"),
             ("warmup", int, 16, "optimiser steps over which both learning rates rise"),
             ("value-lr", float, 3e-3, "learning rate of the value head (paper: the same as --lr)"),
@@ -477,22 +519,25 @@ def main():
             ("lam", float, 0.95, "lambda of GAE (paper: 0.95)"),
             ("max-grad-norm", float, 1.0, "gradient clipping")):
         group.add_argument(f"--{name}", type=kind, default=default,
-                           help=f"{text}; default {default}")
+                           help=f"{text}; {sft.name_default(TASK_DEFAULTS, name)}")
     group.add_argument("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
                        help="let the critic's gradient into the trunk (paper: yes)")
     group.add_argument("--ratio", choices=("token", "answer"), default="token",
                        help="one ratio for each token, or the paper's one for a whole answer")
     group = parser.add_argument_group("measuring")
-    group.add_argument("--eval-hands", type=int, default=500, help="hands a cell at both ends")
+    group.add_argument("--eval-hands", type=int, default=500, help="hands or walks a cell at both "
+                       f"ends; {sft.name_default(TASK_DEFAULTS, 'eval-hands')}")
     group.add_argument("--eval-every", type=int, default=8,
-                       help="updates between short evaluations")
+                       help="updates between short evaluations; "
+                       + sft.name_default(TASK_DEFAULTS, "eval-every"))
     group.add_argument("--eval-temperature", type=float, default=0.6,
                        help="of sampling in evaluations; 0 takes the likeliest token")
     group.add_argument("--eval-split", choices=("test", "val"), default="test",
-                       help="held-out hands: test for reporting, val while tuning")
+                       help="what is held out: test for reporting, val while tuning")
     group.add_argument("--inspect", action="store_true",
-                       help="print one episode token by token, learn nothing, and stop")
-    args = parser.parse_args()
+                       help="print one hand, or one position of a walk, token by token, learn "
+                       "nothing, and stop")
+    args = sft.parse_flags(parser, TASK_DEFAULTS)
     sft.check_flags(args, at_least_one=(
         "updates", "episodes", "tries", "minibatch", "micro_batch", "epochs", "eval_every",
         "eval_hands", "max_new_tokens", "sft_steps", "sft_start_step", "sft_batch",
@@ -509,16 +554,18 @@ def main():
     run(args)
 
 
-def compute(size, counts):
+def compute(task, size, counts):
     """FLOPs so far: by the paper's formula (README eq. 6) and really spent (eq. 7).
 
     size: parameters N. counts: tokens that went through SFT before this run ("init"), through PPO's
     forward and backward passes ("trained"), and that the sampler read ("sampled"). The paper
-    charges 2 N * 6 * D_RL for sampling, as if every new token read the whole conversation again;
-    with a cache the sampler reads each token once, and the scoring pass once more.
+    charges 2 N * 6 * D_RL for sampling (V-IRL: 5.1), as if every new token read the whole
+    conversation again; with a cache the sampler reads each token once, and the scoring pass once
+    more.
     """
+    again = 5.1 if task.startswith("virl") else 6
     training = 6 * size * (counts["init"] + counts["trained"])
-    return {"flops": training + 2 * size * 6 * counts["trained"],
+    return {"flops": training + 2 * size * again * counts["trained"],
             "flops_spent": training + 2 * size * 2 * counts["sampled"]}
 
 
@@ -528,8 +575,10 @@ def estimate(backbone, args, cells):
     The unit is the time for one conversation of one try, forward and backward. The three factors
     were measured in whole runs of the small backbone; for other models they are a guess.
     """
-    rng = gp_env.np.random.default_rng(0)
-    rows = [sft.encode(backbone, gp_env.expert_conversation(rng, **sft.game_options(args)))
+    rng, name = np.random.default_rng(0), args.task.split("-")[0]
+    expert, (evaluating, sampling, training) = sft.ENVIRONMENTS[name], COSTS[name]
+    rows = [sft.encode(backbone, expert.expert_conversation(rng, split=args.split,
+                                                            **sft.game_options(args)))
             for _ in range(32)]
     unit = math.inf
     for _ in range(4):          # the first pass also pays for memory; any may meet a busy moment
@@ -540,8 +589,7 @@ def estimate(backbone, args, cells):
     hands = args.eval_hands * (2 + args.updates / args.eval_every / 4) * 2 * len(cells)
     start = args.sft_start_step * args.sft_batch
     episodes = args.updates * args.episodes
-    return unit * (start + EVALUATE_COST * hands + (SAMPLE_COST + TRAIN_COST * args.epochs)
-                   * episodes) / 60
+    return unit * (start + evaluating * hands + (sampling + training * args.epochs) * episodes) / 60
 
 
 def run(args):
@@ -576,7 +624,7 @@ def run(args):
     elif (pathlib.Path(start) / "state.pt").exists():
         counts["init"] = load_state(start).get("tokens", 0)
     reference = load_backbone(start, device) if args.kl_coef > 0 else None
-    size = task_parameters(model, pictures=args.task == "gp-vl")
+    size = task_parameters(model, pictures=sft.pictured(args.task))
     if not args.inspect:
         resume_at = first if saved else None
         metrics, measured = Metrics(folder, resume_at), Metrics(folder, resume_at, "eval.jsonl")
@@ -586,9 +634,11 @@ def run(args):
         at = time.time()
         results, _ = evaluate(backbone, cells, ["train", args.eval_split], hands,
                               args.eval_temperature, max_new_tokens=args.max_new_tokens,
-                              task=args.task, size=sft.picture_size(args.picture_size))
-        measured.write({"step": step, "hands": hands} | compute(size, counts) | {"cells": results})
-        tqdm.write(f"after update {step}, {hands} hands a cell ({time.time() - at:.0f} s):")
+                              task=args.task, size=sft.picture_size(args.picture_size),
+                              where=sft.places(args))
+        measured.write({"step": step, "hands": hands} | compute(args.task, size, counts)
+                       | {"cells": results})
+        tqdm.write(f"after update {step}, {hands} episodes a cell ({time.time() - at:.0f} s):")
         show(results)
 
     if not saved and not args.inspect:
@@ -620,10 +670,12 @@ def run(args):
         # --- 5. log, evaluate, save
         counts["trained"] += numbers["tokens_trained"]
         counts["sampled"] += sum(len(r["ids"]) for r in rows)
-        row = {"step": update + 1} | summary(rows, episodes) | numbers | compute(size, counts)
-        row |= {"seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
+        row = {"step": update + 1} | summary(rows, episodes) | numbers
+        row |= compute(args.task, size, counts) | {
+            "seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
         metrics.write(row)
-        tqdm.write(f"update {update + 1:3d}  success {row['success']:6.1%}  reward "
+        steps = f"  per step {row['per_step']:6.1%}" if "per_step" in row else ""
+        tqdm.write(f"update {update + 1:3d}  success {row['success']:6.1%}{steps}  reward "
                    f"{row['reward']:6.2f}  kl {row['approx_kl']:.4f}  clip {row['clipfrac']:5.1%}  "
                    f"ev {row['explained_variance']:5.2f}  entropy {row['entropy']:.3f}  "
                    f"{row['seconds_collect']:.0f}+{row['seconds_update']:.0f} s")
@@ -640,14 +692,17 @@ def run(args):
     print(f"done in {(time.time() - began) / 60:.1f} minutes. The policy is in "
           f"{folder}/step-{args.updates:06d}. Next:\n"
           f"    python evaluate.py --model {folder}/step-{args.updates:06d} --show 4"
-          + (" --task gp-vl" if args.task == "gp-vl" else ""))
+          + sft.flags_again(args))
 
 
 def summary(rows, episodes):
     """What the training episodes of an update looked like."""
     values, returns = (torch.cat([r[key] for r in rows]) for key in ("values", "returns"))
-    count = len(episodes)
-    return {"success": sum(e.terminated for e in episodes) / count,
+    count, every = len(episodes), [t.verdict for e in episodes for t in e.turns]
+    walks = isinstance(episodes[0].env, virl_env.Navigation)
+    # A hand is one right answer or none; of a walk's answers a share is right.
+    steps = {"per_step": sum(v.correct for v in every) / len(every)} if walks else {}
+    return steps | {"success": sum(e.terminated for e in episodes) / count,
             "first_try": sum(e.turns[0].verdict.correct for e in episodes) / count,
             "reward": sum(t.reward for e in episodes for t in e.turns) / count,
             "tries": sum(len(e.turns) for e in episodes) / count,

@@ -5,7 +5,7 @@ its RIVAL (the same run, scaled up): "SFT memorises" is a statement about what h
 file is left running.
 
   1. load any Hugging Face checkpoint: model, tokenizer, chat markup, end and banned tokens
-  2. draw conversations (gp_env.py) that a solver has answered
+  2. draw conversations (gp_env.py, virl_env.py) that an expert has answered
   3. turn a conversation into token ids and a loss mask, segment by segment; a picture in its
      first turn goes beside them, as tensors
   4. forward; log-probability of every answer token given all tokens before it
@@ -20,10 +20,12 @@ The same loop, on broader text, also builds the small backbone that ships with t
 
     python sft.py --task gp-l --ood            # the SFT start and beyond
     python sft.py --task gp-vl --ood           # the same with the cards in a picture
+    python sft.py --task virl-l --ood          # walks (build their backbone first, see below)
     python sft.py --build gp                   # rebuild backbones/gp from nothing
     python sft.py --build gp-eyes              # then teach it to see, its text weights frozen
+    python sft.py --build virl                 # the same for walks, into backbones/virl
 
-Read before: gp_env.py. Read next: evaluate.py.
+Read before: gp_env.py, virl_env.py. Read next: evaluate.py.
 """
 
 import argparse
@@ -48,6 +50,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import gp_env  # noqa: E402
+import virl_env  # noqa: E402
 
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     # On a CPU, glibc gives every large tensor fresh pages and hands them back at once; the page
@@ -56,8 +59,14 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
 
 HERE = pathlib.Path(__file__).resolve().parent
-TASKS = ("gp-l", "gp-vl")                   # language; vision and language
-DEFAULT_MODEL = {task: HERE / "backbones" / "gp" for task in TASKS}
+ENVIRONMENTS = {"gp": gp_env, "virl": virl_env}
+TASKS = [f"{name}-{sense}" for name in ENVIRONMENTS for sense in ("l", "vl")]   # language, vision
+DEFAULT_MODEL = {task: HERE / "backbones" / task.split("-")[0] for task in TASKS}
+# Where V-IRL trains, and where it meets streets, names and houses that it has never seen.
+TRAINING_CITY, *OTHER_CITIES = virl_env.CITIES
+# Defaults of flags that a task wants otherwise than gp-l. Those of walks are not tuned yet: copying
+# a word is learnt sooner than arithmetic, hence fewer and gentler steps.
+TASK_DEFAULTS = dict.fromkeys(("virl-l", "virl-vl"), {"steps": 800, "start_step": 40, "lr": 3e-4})
 
 
 class Problem(Exception):
@@ -73,7 +82,7 @@ def guarded(main):
     try:
         main()
         return 0
-    except Problem as problem:
+    except (Problem, virl_env.RouteProblem) as problem:
         print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -145,6 +154,9 @@ def load_backbone(name, device="cpu", grad_checkpoint=False):
     # A hub name is "owner/model"; anything else that is not here would be asked for in vain.
     local = folder.is_absolute() or str(name).count("/") != 1 or folder.parent.exists()
     if local and not (folder / "config.json").exists():
+        if folder.resolve() in DEFAULT_MODEL.values():
+            raise Problem(f"there is no small backbone in {name} yet: build it with python sft.py "
+                          f"--build {folder.name}, or give a --model")
         raise Problem(f"--model {name}: no config.json there; give a checkpoint folder or a name "
                       "on the hub")
     try:
@@ -179,7 +191,7 @@ def load_processor(name, local):
     files = ("processor_config.json", "preprocessor_config.json")
     if local and not any((pathlib.Path(name) / file).exists() for file in files):
         return None, ("it has eyes, but was never trained to see (no processor_config.json); "
-                      "python sft.py --build gp-eyes teaches the small backbone")
+                      "python sft.py --build gp-eyes teaches backbones/gp")
     try:
         processor = AutoProcessor.from_pretrained(name)
     except Exception as error:      # as many types as in load_backbone
@@ -800,11 +812,17 @@ def in_blocks(corpus, seeds, batch):
     return draw
 
 
-def build_backbone(folder, seed, steps, batch, lr, resume):
-    """Pretrain the `gp` backbone on gp_env.backbone_conversations, deterministic from the seed."""
-    tokenizer = build_tokenizer(gp_env.phrases())
+def build_backbone(name, folder, seed, steps, batch, lr, resume):
+    """Pretrain a small backbone on its environment's broad corpus, deterministic from the seed.
+
+    name: a key of ENVIRONMENTS. Each has a vocabulary of its own: a fixed piece of a prompt is one
+    token only where the tokenizer has met it, and on a laptop short prompts decide what can be
+    done. Returns the folder of the backbone, backbones/NAME.
+    """
+    environment = ENVIRONMENTS[name]
+    tokenizer = build_tokenizer(environment.phrases())
     backbone = wrap_backbone(build_model(tokenizer, seed).eval(), tokenizer)
-    draw = in_blocks(gp_env.backbone_conversations, [seed, 1], batch)
+    draw = in_blocks(environment.backbone_conversations, [seed, 1], batch)
     save_at = set(range(0, steps, max(1, steps // 20)))
     began = time.time()
 
@@ -816,7 +834,7 @@ def build_backbone(folder, seed, steps, batch, lr, resume):
     last = train(backbone, draw, folder, steps, lr, warmup=200, save_at=save_at,
                  micro_batch=16, resume=resume, report=report, cooldown=int(0.4 * steps))
     clear_up(HERE / "backbones")
-    bare = HERE / "backbones" / "gp"        # ships without the optimizer's state
+    bare = HERE / "backbones" / name        # ships without the optimizer's state
     save_checkpoint(bare, load_backbone(last))
     return bare
 
@@ -925,18 +943,53 @@ def picture_size(text):
 
 
 def game_options(args):
-    """What a task asks of its training games, beside the split: arguments of gp_env's games.
+    """What a task asks of its training games, beside the split: arguments of its environment.
 
-    GP-VL trains on black suits, so that red ones are a visual shift (paper, section 5.2).
+    GP-VL trains on black suits, so that red ones are a visual shift (paper, section 5.2); V-IRL on
+    the walks of one city.
     """
-    if args.task == "gp-l":
-        return {}
-    return {"suits": "black", "picture": picture_size(args.picture_size)}
+    options = {}
+    if args.task.startswith("virl"):
+        options["where"] = places(args)[0]
+    elif args.task == "gp-vl":
+        options["suits"] = "black"
+    if pictured(args.task):
+        options["picture"] = picture_size(args.picture_size)
+    return options
+
+
+def places(args):
+    """V-IRL: (where training walks, [where the visual OOD is measured]).
+
+    Each is what virl_env.open_atlas takes: a generated city's name, or a folder of routes.
+    """
+    return args.routes or TRAINING_CITY, [args.other_routes] if args.other_routes else OTHER_CITIES
+
+
+def check_routes(args):
+    """Read all routes of V-IRL before any work is done. Raises Problem, or RouteProblem.
+
+    A missing panorama would otherwise be found when the first walk comes by, perhaps after hours.
+    Routes are needed in each split that will be measured: evaluate.py has a flag for them, the
+    others measure on what they hold out.
+    """
+    splits = getattr(args, "splits", ("val", "test"))
+    for flag, folder, needed in (("--routes", args.routes, splits),
+                                 ("--other-routes", args.other_routes, ["all"])):
+        if folder and not args.task.startswith("virl"):
+            raise Problem(f"{flag}: {args.task} has no routes; add --task virl-l or virl-vl")
+        for split in needed if folder else ():
+            virl_env.split_routes(len(virl_env.open_atlas(folder, pictured(args.task))), split)
+
+
+def pictured(task):
+    """True for a task in pictures."""
+    return task.endswith("-vl")
 
 
 def check_sight(backbone, task, name):
     """Refuse to show pictures to a model that cannot see. Raises Problem."""
-    if task.endswith("-vl") and backbone.processor is None:
+    if pictured(task) and backbone.processor is None:
         raise Problem(f"--task {task}: {name} cannot see: {backbone.blind}")
 
 
@@ -952,21 +1005,27 @@ def run_sft(args, folder, stop_at=None, report=None, backbone=None):
     backbone = backbone or load_backbone(args.model, pick_device(args.device),
                                          args.grad_checkpoint)
     freeze(backbone.model, args.freeze)
-    options = game_options(args)
+    options, name = game_options(args), args.task.split("-")[0]
+    expert = ENVIRONMENTS[name].expert_conversation
 
     def draw(step):
         rng = np.random.default_rng([2, args.seed, step])
-        return [gp_env.expert_conversation(rng, split=args.split, **options)
-                for _ in range(args.batch)]
+        return [expert(rng, split=args.split, **options) for _ in range(args.batch)]
 
-    def held_out(**how):
+    def held_out(*shifts):
+        # several shifts take turns: the nine other cities of V-IRL
         rng = np.random.default_rng([3])
-        return [encode(backbone, gp_env.expert_conversation(rng, split="val", **options | how))
-                for _ in range(256)]
+        how = {"split": "val"} | options
+        return [encode(backbone, expert(rng, **how | shifts[i % len(shifts)])) for i in range(256)]
 
-    asked = {"id": held_out()} | ({"ood": held_out(rule="face", face=True)} if args.ood else {})
+    asked = {"id": held_out({})}
+    if args.ood:        # what differs from training: the rule; then what meets the eye
+        asked["ood"] = held_out({"gp": {"rule": "face", "face": True},
+                                 "virl": {"rule": "relative"}}[name])
     if args.ood and args.task == "gp-vl":
-        asked["visual"] = held_out(suits="red")
+        asked["visual"] = held_out({"suits": "red"})
+    elif args.ood and name == "virl":
+        asked["visual"] = held_out(*({"where": place, "split": "all"} for place in places(args)[1]))
 
     def probe(backbone):
         # How surprised is the model by right answers it was not trained on? Under the new rule this
@@ -979,7 +1038,7 @@ def run_sft(args, folder, stop_at=None, report=None, backbone=None):
     save_at |= {s for s in (20, 40, 80, 150) if s < args.steps and every > 20}
     return train(backbone, draw, folder, args.steps, args.lr, warmup=max(1, int(0.01 * args.steps)),
                  save_at=save_at, micro_batch=args.micro_batch, resume=args.resume, probe=probe,
-                 report=report, stop_at=stop_at, pictures=args.task == "gp-vl")
+                 report=report, stop_at=stop_at, pictures=pictured(args.task))
 
 
 def common_flags(parser, sft_defaults=True):
@@ -987,13 +1046,14 @@ def common_flags(parser, sft_defaults=True):
     group = parser.add_argument_group("what to run")
     group.add_argument("--task", choices=TASKS, default="gp-l", help="default gp-l")
     group.add_argument("--ood", action=argparse.BooleanOptionalAction, default=False,
-                       help="also measure under the rule (gp-vl: and the colour) that was not "
-                       "trained on")
+                       help="also measure under the rule (gp-vl: and the colour; V-IRL: and in "
+                       "the cities) that was not trained on")
     group.add_argument("--model", help="folder or hub name of a chat model (default: the small "
                        "backbone in backbones/; paper: Llama-3.2-11B-Vision-Instruct)")
     group.add_argument("--split", choices=("train", "all"), default="train",
-                       help="hands to train on; all = the paper's setting, nothing held out")
-    picture_flag(group)
+                       help="hands or routes to train on; all = the paper's setting, nothing "
+                       "held out")
+    data_flags(group)
     group = parser.add_argument_group("the run")
     group.add_argument("--seed", type=int, default=0, help="data order and sampling (default 0)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
@@ -1004,10 +1064,31 @@ def common_flags(parser, sft_defaults=True):
                        help="recompute activations: less memory, more time, the same result")
 
 
-def picture_flag(group):
-    """The one flag that only pictures need."""
-    group.add_argument("--picture-size", metavar="WxH", help="gp-vl: pixels of a hand's picture "
-                       "(default 128x64, what the small backbone sees; paper: 1200x1200)")
+def data_flags(group):
+    """The flags that only pictures, or only walks, need."""
+    group.add_argument("--picture-size", metavar="WxH", help="-vl: pixels of a picture (default "
+                       "128x64, what the small backbone sees; paper: 1200x1200)")
+    group.add_argument("--routes", metavar="FOLDER", help="V-IRL: walk routes in the paper's "
+                       f"released format (default: the generated city {TRAINING_CITY})")
+    group.add_argument("--other-routes", metavar="FOLDER", help="V-IRL: routes of the visual OOD, "
+                       "in the same format (default: nine other generated cities)")
+
+
+def parse_flags(parser, by_task):
+    """Parse the command line. by_task: {task: {flag: default}}, where a task has its own."""
+    # Twice: which defaults hold is known once --task is read. A flag that is given beats them all.
+    task = parser.parse_known_args()[0].task
+    parser.set_defaults(**by_task.get(task, {}))
+    return parser.parse_args()
+
+
+def name_default(by_task, flag):
+    """How --help tells the default of a flag: "default 5; V-IRL: 2".
+
+    It reads the table that parse_flags obeys, so help and behaviour cannot drift apart.
+    """
+    own = by_task["virl-l"].get(flag.replace("-", "_"))
+    return "default %(default)g" + (f"; V-IRL: {own:g}" if own is not None else "")
 
 
 def sft_flags(parser, prefix=""):
@@ -1015,11 +1096,12 @@ def sft_flags(parser, prefix=""):
     group = parser.add_argument_group("supervised fine-tuning" + (" of the start" * bool(prefix)))
     for name, kind, default, text in (
             ("steps", int, 1300, "optimiser steps of the whole run; sets the cosine's end"),
-            ("start-step", int, 60, "the checkpoint that RL starts from (paper: 400)"),
+            ("start-step", int, 60, "the checkpoint that RL starts from (paper: 400; V-IRL: 25)"),
             ("batch", int, 64, "examples a step (paper: 128)"),
             ("lr", float, 1e-3, "peak learning rate (paper: 1e-6 at 11B)"),
             ("save-every", int, 100, "steps between checkpoints")):
-        group.add_argument(f"--{prefix}{name}", type=kind, default=default, help=text)
+        group.add_argument(f"--{prefix}{name}", type=kind, default=default,
+                           help=f"{text}; {name_default(TASK_DEFAULTS, name)}")
 
 
 def check_flags(args, at_least_one=()):
@@ -1031,8 +1113,16 @@ def check_flags(args, at_least_one=()):
         if name in at_least_one and value is not None and value < 1:
             raise Problem(f"{flag} {value}: must be at least 1")
     picture_size(args.picture_size)
+    check_routes(args)
     if args.threads:
         torch.set_num_threads(args.threads)
+
+
+def flags_again(args):
+    """What the next command has to repeat to be about the same task."""
+    again = {"--task": args.task if args.task != "gp-l" else None, "--routes": args.routes,
+             "--other-routes": args.other_routes, "--picture-size": args.picture_size}
+    return "".join(f" {flag} {value}" for flag, value in again.items() if value)
 
 
 def open_run(folder, args, kind):
@@ -1074,25 +1164,26 @@ def main():
     sft_flags(parser)
     parser.add_argument("--micro-batch", type=int, default=64,
                         help="examples in memory at once; does not change the result")
-    parser.add_argument("--freeze", choices=("none", "vision", "adapter"), help="gp-vl: what keeps "
+    parser.add_argument("--freeze", choices=("none", "vision", "adapter"), help="-vl: what keeps "
                         "its weights: the eyes, or the eyes and the projector (paper: Fig. 16)")
     parser.add_argument("--stop-step", type=int, help="end here, on the schedule of --steps; "
                         "--resume with a later one, or without, goes on")
-    parser.add_argument("--build", choices=("gp", "gp-eyes"), help="pretrain the small backbone "
-                        "from nothing into backbones/gp, or teach that one to see, and stop")
+    parser.add_argument("--build", choices=(*ENVIRONMENTS, "gp-eyes"), help="pretrain the small "
+                        "backbone from nothing into backbones/gp or backbones/virl, or teach that "
+                        "of gp to see, and stop")
     parser.add_argument("--build-steps", type=int, default=3000, help="steps of --build")
-    args = parser.parse_args()
+    args = parse_flags(parser, TASK_DEFAULTS)
     check_flags(args, at_least_one=("micro_batch", "batch", "save_every", "steps", "stop_step",
                                     "build_steps"))
     args.model = args.model or str(DEFAULT_MODEL[args.task])
     if args.build:
         folder = args.out or f"runs/build-{args.build}"
-        if args.build == "gp":
-            made = build_backbone(folder, args.seed, args.build_steps, batch=64, lr=2e-3,
-                                  resume=args.resume)
-        else:
+        if args.build == "gp-eyes":
             made = build_eyes(folder, args.seed, args.build_steps, batch=32, lr=1e-3,
                               resume=args.resume)
+        else:
+            made = build_backbone(args.build, folder, args.seed, args.build_steps, batch=64,
+                                  lr=2e-3, resume=args.resume)
         print(f"built {made}")
         return
     backbone = load_backbone(args.model, pick_device(args.device), args.grad_checkpoint)
@@ -1104,13 +1195,14 @@ def main():
 
     def report(row):
         ood = f"  under the other rule {row['ood_nll']:.4f}" if args.ood else ""
-        ood += f"  red suits {row['visual_nll']:.4f}" if "visual_nll" in row else ""
+        seen = "red suits" if args.task == "gp-vl" else "other cities"
+        ood += f"  {seen} {row['visual_nll']:.4f}" if "visual_nll" in row else ""
         tqdm.write(f"step {row['step']:5d}  train loss {row['loss']:.4f}  held-out "
                    f"{row['id_nll']:.4f}{ood}  {row['seconds'] / 60:.1f} min")
 
     run_sft(args, folder, stop_at=args.stop_step, report=report, backbone=backbone)
     print(f"done. Next, play every checkpoint:\n    python evaluate.py --run {folder}"
-          + (" --ood" if args.ood else "") + (" --task gp-vl" if args.task == "gp-vl" else ""))
+          + (" --ood" if args.ood else "") + flags_again(args))
 
 
 if __name__ == "__main__":

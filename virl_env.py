@@ -455,7 +455,8 @@ def split_routes(count, split):
     found = {"test": order[:test], "val": order[test:test + val], "train": order[test + val:],
              "all": range(count)}[split]
     if not found:
-        raise RouteProblem(INFOS, f"{count} routes are too few to split: use --split all")
+        raise RouteProblem(INFOS, f"{count} routes are too few to hold some out: use 10 or more "
+                                  "(virl_env.py: or --split all; evaluate.py: or --splits all)")
     return sorted(found)
 
 
@@ -710,14 +711,15 @@ class Navigation:
                 "try": self.used, "verdict": verdict, "correct": bool(verdict and verdict.correct),
                 "success": not self.missed}
 
+    def look(self, position):
+        """The picture at a position of the rail, a PIL image; None for text."""
+        return self.picture and four_views(*self.atlas.panorama(position.panorama),
+                                           position.heading, self.picture)
+
     def _arrive(self):
-        image = None
-        if self.picture:
-            image = four_views(*self.atlas.panorama(self.position.panorama), self.position.heading,
-                               self.picture)
         text = write_prompt(self.steps, write_space(self.vocabulary), self.past, self.position,
                             bool(self.picture))
-        return {"text": text, "image": image, "new_conversation": True}
+        return {"text": text, "image": self.look(self.position), "new_conversation": True}
 
 
 # ------------------------------------------------------------------------------------------------

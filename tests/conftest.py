@@ -12,17 +12,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 @pytest.fixture
 def tiny():
-    """A Backbone of random weights, fresh for each test: 4 layers of width 32.
+    """A Backbone of random weights, fresh for each test: 4 layers of width 32."""
+    import gp_env
+    return tiny_backbone(gp_env)
+
+
+def tiny_backbone(environment):
+    """The model of `tiny`, with the tokenizer of an environment.
 
     A new model is nearly uniform and hardly attends to anything, which would hide a wrong position
     or a label one token off. So its matrices are made 8 times larger: every token matters.
     """
     import torch
 
-    import gp_env
     import sft
     torch.set_num_threads(1)            # two threads are slower than one at this size
-    tokenizer = sft.build_tokenizer(gp_env.phrases())
+    tokenizer = sft.build_tokenizer(environment.phrases())
     model = sft.build_model(tokenizer, 0, width=32, layers=4, crossing=(1,), heads=2, inner=64)
     with torch.no_grad():
         for parameter in model.parameters():

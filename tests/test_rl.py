@@ -527,8 +527,8 @@ def test_update_does_not_depend_on_the_micro_batch(tiny, minibatch):
         args = settings(micro_batch=micro_batch, minibatch=minibatch, epochs=2, lr=0.1)
         head, rows, _ = fresh_batch(backbone, args)
         # plain gradient descent: Adam would turn rounding of tiny gradients into whole steps
-        optimizer = torch.optim.SGD([{"params": list(backbone.model.parameters())},
-                                     {"params": list(head.parameters())}], lr=0.1)
+        optimizer = torch.optim.SGD([{"params": list(part.parameters())}
+                                     for part in (backbone.model, head)], lr=0.1)
         before = torch.cat([p.detach().flatten() for p in backbone.model.parameters()])
         numbers = rl.ppo_update(backbone, head, optimizer, rows, args, 0)
         after = torch.cat([p.detach().flatten() for p in backbone.model.parameters()])
