@@ -1171,7 +1171,7 @@ def main():
     parser.add_argument("--build", choices=(*ENVIRONMENTS, "gp-eyes"), help="pretrain the small "
                         "backbone from nothing into backbones/gp or backbones/virl, or teach that "
                         "of gp to see, and stop")
-    parser.add_argument("--build-steps", type=int, default=3000, help="steps of --build")
+    parser.add_argument("--build-steps", type=int, default=5000, help="steps of --build")
     args = parse_flags(parser, TASK_DEFAULTS)
     check_flags(args, at_least_one=("micro_batch", "batch", "save_every", "steps", "stop_step",
                                     "build_steps"))
