@@ -28,8 +28,8 @@ What differs from the paper's text or its released code, and why:
   * rewards follow the paper's table; the released code adds penalties up
   * one forward pass scores all tries of an episode, instead of one pass for each try
 
-    python rl.py --task gp-l --ood             the main job: 8 minutes on two cores; rule OOD of
-                                               held-out hands from 13 to 30 %, ID from 21 to 34 %
+    python rl.py --task gp-l --ood             the main job: 7 minutes on two cores; rule OOD of
+                                               held-out hands from 14 to 33 %, ID from 22 to 38 %
     python rl.py --task virl-l --ood           walks, after python sft.py --build virl
     python rl.py --task gp-l --inspect         one episode, token by token
     python rl.py --task gp-l --from-backbone   no SFT start: RL has nothing to reward (Fig. 9)
