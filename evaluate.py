@@ -355,7 +355,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
             spoken[e] += pending[e] + ids[:-1]
             # the last sampled token has not been fed yet: it goes first in the next block
             pending[e] = ids[-1:] + told[e]
-        # --- finished episodes leave the batch: five tries cost 3 to 4 times one, not 5 times
+        # --- finished episodes leave the batch: what is solved costs nothing more
         if len(stay) < len(playing):
             playing = [playing[row] for row in stay]
             if playing and keep_cache:

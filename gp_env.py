@@ -17,7 +17,7 @@ What happens in an episode (`GeneralPoints`):
 Hands are split by the multiset of their numbers UNDER THE TRAINING RULE: to that rule J, Q, K and
 10 are one card, so a split by card names would put the same arithmetic on both sides. All 715
 multisets of 1..10 are dealt into 70 % train, 10 % val, 20 % test by a fixed seed. The test hands
-stay unseen by every stage: backbone, SFT and RL.
+are never asked for 24 by any stage: backbone, SFT and RL.
 
     python gp_env.py                        play in the terminal, verifier messages included
     python gp_env.py --rule face --seed 3   the OOD rule
@@ -510,7 +510,8 @@ def backbone_conversations(rng, count):
 
     Hindsight makes data without a solver: draw a rule (J, Q, K anywhere in 10..13), a hand and
     RANDOM formulas over it, and let whatever they evaluate to (1..99) be the targets asked for.
-    One hand in eight is asked for 24 instead, with a solution of the solver. Then, by kind:
+    One training hand in eight, where it can, is asked for 24 instead, with a solution of the solver
+    (8 % of first questions ask for 24, 4 % of all). Then, by kind:
       half        follow-ups: the same hand, up to six more targets, the equation alone. They cost a
                   third of a whole answer in tokens, and teach the same arithmetic
       a quarter   revisions: the answer comes after wrong tries and the verifier's messages

@@ -160,7 +160,7 @@ def score(backbone, head, rows, temperature, value_trunk=False):
     value_trunk: let the gradient of V into the trunk, as the paper does. By default the critic only
     READS the policy's hidden state: let in, it made the trunk's gradient 9 times as long (3.5
     against 0.37, mean of 24 updates, rewards in -4..5), so that most of a step served the critic,
-    and every success rate ended lower (README, "What was measured").
+    and three success rates of four ended lower, one seed (README, "What was measured").
     Returns (logprobs (N,), entropy (N,), values (number of tries,)), all float32, in row order.
     """
     device = backbone.device
@@ -407,7 +407,8 @@ def explained_variance(values, returns):
 
 
 # For `estimate`: cost of evaluating, sampling and training on a hand (a walk), in units of training
-# on one single-try conversation. Walks: of a policy that is right in four tries of five.
+# on one single-try conversation. Walks: by arithmetic, for a policy that is right in four tries of
+# five; no whole run has checked it.
 COSTS = {"gp": (4.3, 3.7, 3.9), "virl": (6.0, 6.0, 12.0)}
 
 
@@ -576,7 +577,7 @@ def estimate(backbone, args, cells):
     """Minutes that the run will take on this machine, from timing one small training pass.
 
     The unit is the time for one conversation of one try, forward and backward. The three factors
-    were measured in whole runs of the small backbone; for other models they are a guess.
+    were measured in whole runs of hands with the small backbone; elsewhere they are a guess.
     """
     rng, name = np.random.default_rng(0), args.task.split("-")[0]
     expert, (evaluating, sampling, training) = sft.ENVIRONMENTS[name], COSTS[name]
