@@ -611,6 +611,31 @@ def _wrong_tries(rng, hand, formulas, notation, gaps, keys):
 _LISTED = re.compile(", ".join(["(10|[2-9AJQK])"] * 4))
 
 
+def _random_suits(rng, cards):
+    """Suits for four ranks, two cards of a rank in different ones; three cards in four are black."""
+    odds = [3 / 8 if suit in SUITS["black"] else 1 / 8 for suit in SUITS["all"]]
+    suits = [""] * 4
+    for rank in dict.fromkeys(cards):
+        places = [i for i in range(4) if cards[i] == rank]
+        for i, suit in zip(places, rng.choice(4, len(places), replace=False, p=odds)):
+            suits[i] = SUITS["all"][suit]
+    return tuple(suits)
+
+
+def pictured_hands(rng, count, picture):
+    """What the eyes learn to see on: `count` training hands, any rank as likely: [(Hand, image)].
+
+    picture: (width, height) in pixels. Suits as in `pictured_conversations`.
+    """
+    made = []
+    while len(made) < count:
+        cards = tuple(RANKS[i] for i in rng.integers(13, size=4))
+        if split_of(cards) == "train":
+            hand = Hand(cards, _random_suits(rng, cards), RULES["ten"])
+            made.append((hand, draw_hand(hand, int(rng.integers(2**31)), picture)))
+    return made
+
+
 def pictured_conversations(rng, count, picture):
     """The backbone's corpus, seen instead of read: `count` conversations with a picture each.
 
@@ -620,22 +645,15 @@ def pictured_conversations(rng, count, picture):
     whatever the target: reading them measures more than a memory of hands.
     """
     made = []
-    odds = [3 / 8 if suit in SUITS["black"] else 1 / 8 for suit in SUITS["all"]]
     while len(made) < count:
         for turns in backbone_conversations(rng, count - len(made)):
             before, *cards, after = _LISTED.split(turns[0]["content"])
             assert len(cards) == 4, f"not one list of cards in: {turns[0]['content']}"
-            if split_of(cards) != "train":
-                continue
-            suits = [""] * 4
-            for rank in set(cards):             # two cards of a rank are of different suits
-                places = [i for i in range(4) if cards[i] == rank]
-                for i, suit in zip(places, rng.choice(4, len(places), replace=False, p=odds)):
-                    suits[i] = SUITS["all"][suit]
-            hand = Hand(tuple(cards), tuple(suits), RULES["ten"])
-            turns[0] |= {"content": before + IN_PICTURE + after,
-                         "image": draw_hand(hand, int(rng.integers(2**31)), picture)}
-            made.append(turns)
+            if split_of(cards) == "train":
+                hand = Hand(tuple(cards), _random_suits(rng, cards), RULES["ten"])
+                turns[0] |= {"content": before + IN_PICTURE + after,
+                             "image": draw_hand(hand, int(rng.integers(2**31)), picture)}
+                made.append(turns)
     return made
 
 

@@ -889,14 +889,83 @@ def cards_seen(backbone, suits, count=64):
     return (guess == ids[row, at]).float().mean().item()
 
 
-def build_eyes(folder, seed, steps, batch, lr, resume):
-    """Teach backbones/gp to see, on gp_env.pictured_conversations; deterministic from the seed.
+def by_card(states):
+    """Patches of two tiles side by side -> those in the quarter of each of the four cards.
 
-    Only `sight` learns. Returns the folder of the backbone, which is replaced at the end.
+    states (B, 2, side * side, H), a tile row by row -> (B, 4, side * side / 2, H).
     """
-    bare = HERE / "backbones" / "gp"
+    count, tiles, patches, size = states.shape
+    side = math.isqrt(patches)
+    halves = states.reshape(count, tiles, side, 2, side // 2, size).transpose(2, 3)
+    return halves.reshape(count, 2 * tiles, patches // 2, size)
+
+
+def pretrain_tower(backbone, seed, steps, batch=32, peak=3e-3, report=None):
+    """First lesson of the eyes, without a word: every patch names the card that it lies on.
+
+    Taught through the language model alone, new eyes stay on a plateau for hundreds of steps: what
+    they say is noise, so no layer listens, so nothing tells them to see better. That is why real
+    vision-language models graft a tower that can see already (Llama 3.2's learnt from captions).
+    Here a linear head reads rank and suit of a card off each patch in its quarter of the picture.
+    Most of those patches show cloth or plain card: to answer, they must ask their neighbours, and
+    afterwards any of them can be asked. The head is thrown away.
+
+    steps: of `batch` pictures (gp_env.pictured_hands). report(line) is told how it goes.
+    """
+    tower, images = backbone.model.base_model.vision_model, backbone.processor.image_processor
+    ranks, suits = list(gp_env.RANKS), list(gp_env.SUITS["all"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = torch.nn.Linear(tower.config.vision_output_dim, len(ranks) + len(suits))
+    parameters = [*tower.parameters(), *head.to(backbone.device).parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), eps=1e-7,
+                                  weight_decay=0.0, fused=True)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak, warmup=100, cooldown=int(0.4 * steps))
+        hands = gp_env.pictured_hands(np.random.default_rng([seed, 6, step]), batch,
+                                      gp_env.PICTURE_SIZE)
+        seen = images([[image] for _, image in hands], return_tensors="pt")
+        seen = {key: seen[key].to(backbone.device)
+                for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        # a tile's first state is not of a patch
+        logits = head(by_card(tower(**seen).last_hidden_state[:, 0, :, 1:]))    # (B, 4, 32, 17)
+        asked = torch.tensor([[[ranks.index(card), suits.index(suit)] for card, suit in
+                               zip(hand.cards, hand.suits)] for hand, _ in hands])  # (B, 4, 2)
+        asked = asked.to(backbone.device)[:, :, None].expand(-1, -1, logits.shape[2], -1)
+        rank, suit = logits.split([len(ranks), len(suits)], dim=-1)
+        cross_entropy = torch.nn.functional.cross_entropy
+        loss = cross_entropy(rank.flatten(0, 2), asked[..., 0].flatten()) \
+            + 0.3 * cross_entropy(suit.flatten(0, 2), asked[..., 1].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if report and ((step + 1) % 100 == 0 or step + 1 == steps):
+            right = (rank.argmax(-1) == asked[..., 0]).float().mean().item()
+            report(f"tower {step + 1:6d}/{steps}  loss {loss.item():.4f}  patches that name "
+                   f"their card: {right:.1%}")
+
+
+def build_eyes(folder, seed, steps, batch, lr, resume):
+    """Teach backbones/gp to see, in two lessons; deterministic from the seed.
+
+    First the tower alone (`pretrain_tower`, twice as many steps, each a quarter of the work); then,
+    with tower and text frozen, the projector and the layers that look learn to ask it, on
+    gp_env.pictured_conversations. Returns the folder of the backbone, which is replaced at the end.
+    """
+    bare, folder = HERE / "backbones" / "gp", pathlib.Path(folder)
     reader = load_backbone(bare)
     backbone = new_eyes(reader, seed)
+    tower = backbone.model.base_model.vision_model
+    if resume and (folder / "tower").is_dir():
+        learnt = load_backbone(folder / "tower").model.base_model.vision_model
+        tower.load_state_dict(learnt.state_dict())
+    else:
+        pretrain_tower(backbone, seed, 2 * steps, report=lambda line: print(line, flush=True))
+        save_checkpoint(folder / "tower", backbone)
+    for parameter in tower.parameters():
+        parameter.requires_grad_(False)
 
     def corpus(rng, count):
         return gp_env.pictured_conversations(rng, count, gp_env.PICTURE_SIZE)
@@ -1171,7 +1240,8 @@ def main():
     parser.add_argument("--build", choices=(*ENVIRONMENTS, "gp-eyes"), help="pretrain the small "
                         "backbone from nothing into backbones/gp or backbones/virl, or teach that "
                         "of gp to see, and stop")
-    parser.add_argument("--build-steps", type=int, default=5000, help="steps of --build")
+    parser.add_argument("--build-steps", type=int, help="steps of --build (default 5000; gp-eyes: "
+                        "750, after twice as many for the tower)")
     args = parse_flags(parser, TASK_DEFAULTS)
     check_flags(args, at_least_one=("micro_batch", "batch", "save_every", "steps", "stop_step",
                                     "build_steps"))
@@ -1179,11 +1249,11 @@ def main():
     if args.build:
         folder = args.out or f"runs/build-{args.build}"
         if args.build == "gp-eyes":
-            made = build_eyes(folder, args.seed, args.build_steps, batch=32, lr=1e-3,
+            made = build_eyes(folder, args.seed, args.build_steps or 750, batch=32, lr=3e-3,
                               resume=args.resume)
         else:
-            made = build_backbone(args.build, folder, args.seed, args.build_steps, batch=64,
-                                  lr=2e-3, resume=args.resume)
+            made = build_backbone(args.build, folder, args.seed, args.build_steps or 5000,
+                                  batch=64, lr=2e-3, resume=args.resume)
         print(f"built {made}")
         return
     backbone = load_backbone(args.model, pick_device(args.device), args.grad_checkpoint)

@@ -499,6 +499,21 @@ def test_pictured_corpus_is_the_corpus_with_the_list_drawn(monkeypatch):
     assert len({turns[0]["image"] for turns in shown}) > 390
 
 
+def test_eyes_learn_on_training_hands_of_both_colours(monkeypatch):
+    """Held-out hands shown in the first lesson, a rank or suit missing, a picture of other cards."""
+    monkeypatch.setattr(gp_env, "draw_hand", lambda hand, seed, size: (hand, seed, size))
+    made = gp_env.pictured_hands(np.random.default_rng(3), 400, (128, 64))
+    assert made == gp_env.pictured_hands(np.random.default_rng(3), 400, (128, 64))
+    assert len(made) == 400 and len({image[1] for _, image in made}) > 390
+    for hand, image in made:
+        assert image[0] is hand and split_of(hand.cards) == "train"
+        assert len(set(zip(hand.cards, hand.suits))) == 4, "the same card twice"
+    assert {rank for hand, _ in made for rank in hand.cards} == set(gp_env.RANKS)
+    suits = Counter(suit for hand, _ in made for suit in hand.suits)
+    assert set(suits) == set(gp_env.SUITS["all"])
+    assert 0.68 < sum(suits[suit] for suit in gp_env.SUITS["black"]) / 1600 < 0.82
+
+
 @pytest.mark.parametrize("suits", ["black", "red"])
 def test_reading_is_asked_on_validation_hands_only(suits):
     """Reading is measured on hands of training, or of test, which nobody may tune on."""

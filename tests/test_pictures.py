@@ -309,9 +309,46 @@ def test_learning_to_see_changes_no_text(monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
     rows = [sft.encode(after, gp_env.expert_conversation(rng)) for _ in range(4)]
     assert torch.equal(log_p(before, rows), log_p(after, rows))
-    # once more on top of it: the same eyes, from the same seed
-    sft.build_eyes(tmp_path / "run2", seed=1, steps=2, batch=3, lr=1e-2, resume=False)
+    # once more on top of it, killed before the second lesson: the same eyes, from the same seed
+    shutil.copytree(tmp_path / "run" / "tower", tmp_path / "run2" / "tower")
+    monkeypatch.setattr(sft, "pretrain_tower", None)
+    sft.build_eyes(tmp_path / "run2", seed=1, steps=2, batch=3, lr=1e-2, resume=True)
     assert same(sft.load_backbone(made).model.state_dict(), after.model.state_dict())
+
+
+def test_patches_go_to_the_card_they_lie_on():
+    """Catches patches that are asked for their neighbour's card: the tower would learn mush."""
+    backbone = sft.new_eyes(sft.load_backbone(sft.DEFAULT_MODEL["gp-l"]), 0)
+    shades = (0, 80, 160, 240)
+    picture = Image.new("RGB", SIZE)
+    for i, shade in enumerate(shades):
+        picture.paste((shade,) * 3, (SIZE[0] // 4 * i, 0, SIZE[0] // 4 * (i + 1), SIZE[1]))
+    seen = backbone.processor.image_processor([[picture]], return_tensors="pt")["pixel_values"]
+    tiles = seen[:, 0, :, 0]                                        # (1, 2, 64, 64), one channel
+    size = backbone.model.config.vision_config.patch_size
+    patches = tiles.unfold(2, size, size).unfold(3, size, size).reshape(1, 2, 64, size * size)
+    by_card = sft.by_card(patches)
+    assert by_card.shape == (1, 4, 32, size * size)
+    for card, shade in zip(by_card[0], shades):
+        assert torch.allclose(card, torch.tensor(shade / 127.5 - 1), atol=1e-5)
+
+
+def test_tower_learns_by_itself_and_from_the_seed_alone():
+    """Catches a first lesson that touches text weights or draws from the global generator."""
+    reader = sft.load_backbone(sft.DEFAULT_MODEL["gp-l"])
+    made, lines = [], []
+    for _ in range(2):
+        backbone = sft.new_eyes(reader, 0)
+        before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+        torch.rand(3)
+        state = torch.get_rng_state()
+        sft.pretrain_tower(backbone, seed=5, steps=3, batch=2, peak=1e-2, report=lines.append)
+        assert torch.equal(state, torch.get_rng_state())
+        moved = {name for name, value in backbone.model.state_dict().items()
+                 if not torch.equal(value, before[name])}
+        assert moved and all("vision_model" in name for name in moved)
+        made.append(backbone.model.state_dict())
+    assert same(*made) and len(lines) == 2 and lines[0] == lines[1]
 
 
 def test_only_what_sees_learns():
