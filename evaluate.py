@@ -725,7 +725,7 @@ def _shown(env, at):
 
 
 def read_runs(folder, task="gp-l"):
-    """Find runs of a task below a folder: [(kind, seed, rows of eval.jsonl)]; "sft" or "rl"."""
+    """Find runs of a task below a folder: [(kind, seed, rows of eval.jsonl)], kinds as in ARMS."""
     runs = []
     for path in sorted(pathlib.Path(folder).rglob("eval.jsonl")):
         try:
@@ -733,7 +733,8 @@ def read_runs(folder, task="gp-l"):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             rows.sort(key=lambda row: row["step"])
             if rows and args.get("task", task) == task:     # not measured yet: it has none
-                runs.append((args["kind"], args["seed"], rows))
+                blind = "blind " * bool(args.get("drop_pictures"))
+                runs.append((blind + args["kind"], args["seed"], rows))
             for row in rows:                        # every number that a figure or table asks for
                 float(row["flops_spent"]), int(row["hands"])
                 for m in row["cells"].values():
@@ -746,10 +747,12 @@ def read_runs(folder, task="gp-l"):
     return runs
 
 
-def curve(runs, kind, cell, measure_name="success"):
+def curve(runs, kind, cell, measure_name="success", against=None):
     """Mean, lowest and highest over seeds at each step: [(FLOPs, mean, low, high)] in percent.
 
-    Both arms begin at the same checkpoint, which the RL runs measured as their step 0.
+    All arms begin at the same checkpoint, which the RL runs measured as their step 0.
+    against: another measure that takes the place of FLOPs, in percent. The points stay in the order
+    of steps, and low and high are the mean: a band would cross itself.
     """
     points, seeds = {}, {}
     for run_kind, _, rows in runs:
@@ -757,14 +760,16 @@ def curve(runs, kind, cell, measure_name="success"):
             start = run_kind == "rl" and row["step"] == 0
             if (run_kind == kind or start) and cell in row["cells"]:
                 at = 0 if start else row["step"]
-                points.setdefault(at, []).append(
-                    (row["flops_spent"], 100 * row["cells"][cell][measure_name]))
+                m = row["cells"][cell]
+                points.setdefault(at, []).append((100 * m[against] if against else
+                                                  row["flops_spent"], 100 * m[measure_name]))
                 if not start:
                     seeds[at] = seeds.get(at, 0) + 1
     most = max(seeds.values(), default=0)           # steps that every seed was measured at
-    return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p),
+    made = [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p),
              min(y for _, y in p), max(y for _, y in p))
             for at, p in sorted(points.items()) if most and seeds.get(at, most) == most]
+    return [(x, y, y, y) for x, y, _, _ in made] if against else made
 
 
 def gain(hits, count, hits_before, count_before, z=1.96):
@@ -788,14 +793,14 @@ SHARE_OF = {"per_step": "steps", "per_step_on": "steps_on"}
 
 
 def table(runs, task="gp-l"):
-    """A Markdown table: start, end of SFT and of RL; mean (lowest-highest) over seeds.
+    """A Markdown table: start, and the end of each arm; mean (lowest-highest) over seeds.
 
     The gains pool the hands of all seeds. Hands repeat between seeds and share numbers, so the
     intervals are about sampling, and a little narrow.
     """
-    ends = {"start": [rows[0] for kind, _, rows in runs if kind == "rl"],
-            "SFT": [rows[-1] for kind, _, rows in runs if kind == "sft"],
-            "RL": [rows[-1] for kind, _, rows in runs if kind == "rl"]}
+    ends = {"start": [rows[0] for kind, _, rows in runs if kind == "rl"]}
+    for kind, (label, _) in ARMS.items():
+        ends[label] = [rows[-1] for run_kind, _, rows in runs if run_kind == kind]
     names = [n for n in ends if ends[n]]
     heading, said = TABLE[task]
     lines = [f"| {heading} | " + " | ".join(names) + " | " + " | ".join(
@@ -820,7 +825,12 @@ def table(runs, task="gp-l"):
     return "\n".join(lines)
 
 
-# What a figure shows, from left to right: (title, cell, measure)
+# The arms of the comparison: {kind of run: (name, colour)}. A blind run of SFT never saw the pictures
+# of its examples (sft.py --drop-pictures).
+ARMS = {"sft": ("SFT", (52, 104, 192)), "blind sft": ("SFT, pictures dropped", (120, 120, 120)),
+        "rl": ("RL", (200, 60, 50))}
+# What a figure shows, from left to right: (title, cell, measure). A fourth entry is a measure to
+# draw it against, instead of compute: the paper's Fig. 8.
 PANELS = {
     "gp-l": (("ID, hands seen in training", "seen/id", "success"),
              ("ID, held-out hands", "held-out/id", "success"),
@@ -829,8 +839,8 @@ PANELS = {
     "gp-vl": (("ID, held-out hands", "held-out/id", "success"),
               ("rule OOD, held-out hands", "held-out/ood", "success"),
               ("visual OOD, held-out hands", "held-out/visual", "success"),
-              ("ID: all four cards read", "held-out/id", "cards_read"),
-              ("visual OOD: all four cards read", "held-out/visual", "cards_read")),
+              ("rule OOD: reading and success", "held-out/ood", "success", "cards_read"),
+              ("visual OOD: reading and success", "held-out/visual", "success", "cards_read")),
     # per_step of the rule OOD is nearly the first turn alone; beside it, the same where the rail
     # goes on (measure_walks). The other cities as in the paper's Fig. 7: right actions and routes.
     "virl-l": (("ID, held-out routes", "held-out/id", "per_step"),
@@ -845,14 +855,15 @@ PANELS["virl-vl"] = PANELS["virl-l"]
 def plot(folder, path, task="gp-l"):
     """Success (on walks, right actions) against training compute: the paper's Fig. 5, 7 and 8."""
     runs = read_runs(folder, task)
-    colours = {"sft": (52, 104, 192), "rl": (200, 60, 50)}
     panels = []
-    for title, cell, name in PANELS[task]:
-        series = [{"label": kind.upper(), "colour": colour, "dashed": False,
-                   "points": curve(runs, kind, cell, name)} for kind, colour in colours.items()]
-        if any(s["points"] for s in series):
-            panels.append({"title": title, "x_label": "FLOPs spent",
-                           "y_label": "%", "series": series})
+    for title, cell, name, *against in PANELS[task]:
+        series = [{"label": label, "colour": colour, "dashed": kind.startswith("blind"),
+                   "points": curve(runs, kind, cell, name, *against)}
+                  for kind, (label, colour) in ARMS.items()]
+        series = [one for one in series if one["points"]]
+        if series:
+            panels.append({"title": title, "x_label": "all four cards read, %, from the start on"
+                           if against else "FLOPs spent", "y_label": "%", "series": series})
     seeds = {seed for _, seed, _ in runs}
     game = "V-IRL, right actions of all tries" if task.startswith("virl") else "GeneralPoints"
     draw_panels(panels, path, f"{game}, {'pictures' if pictured(task) else 'text'}: "
@@ -865,8 +876,8 @@ def draw_panels(panels, path, title=""):
 
     panels: list of dicts, left to right: {"title", "x_label", "y_label", "series"}; "series" is
         a list of {"label": str, "colour": (r, g, b), "points": [(x, mean, low, high), ...],
-        "dashed": bool}. Points are sorted by x; y values are percentages, x any numbers (e.g.
-        FLOPs). No points: only the legend names the series. One point: a dot, and a bar from
+        "dashed": bool}. Points are joined in their order; y values are percentages, x any numbers
+        (e.g. FLOPs). No points: only the legend names the series. One point: a dot, and a bar from
         low to high. Series with the same label share one legend entry.
     path: where the PNG goes; an older file there is replaced only once the new one is complete.
     title: a heading above all panels; "" leaves its room out.

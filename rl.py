@@ -473,7 +473,7 @@ def make_start(args, backbone):
         device=args.device, threads=args.threads, grad_checkpoint=args.grad_checkpoint,
         micro_batch=args.micro_batch, steps=args.sft_steps, start_step=args.sft_start_step,
         batch=args.sft_batch, lr=args.sft_lr, save_every=args.sft_save_every, resume=False,
-        picture_size=args.picture_size, freeze=None, routes=args.routes,
+        picture_size=args.picture_size, freeze=None, drop_pictures=False, routes=args.routes,
         other_routes=args.other_routes)
     key = {k: v for k, v in vars(wanted).items() if v is not None and k in (
         "task", "model", "split", "seed", "steps", "start_step", "batch", "lr", "picture_size",

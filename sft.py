@@ -1079,7 +1079,11 @@ def run_sft(args, folder, stop_at=None, report=None, backbone=None):
 
     def draw(step):
         rng = np.random.default_rng([2, args.seed, step])
-        return [expert(rng, split=args.split, **options) for _ in range(args.batch)]
+        made = [expert(rng, split=args.split, **options) for _ in range(args.batch)]
+        if args.drop_pictures:
+            for first, *_ in made:
+                first.pop("image", None)
+        return made
 
     def held_out(*shifts):
         # several shifts take turns: the nine other cities of V-IRL
@@ -1235,6 +1239,8 @@ def main():
                         help="examples in memory at once; does not change the result")
     parser.add_argument("--freeze", choices=("none", "vision", "adapter"), help="-vl: what keeps "
                         "its weights: the eyes, or the eyes and the projector (paper: Fig. 16)")
+    parser.add_argument("--drop-pictures", action="store_true", help="-vl: train on the words alone, "
+                        "as the collator of the paper's released code seems to do by mistake")
     parser.add_argument("--stop-step", type=int, help="end here, on the schedule of --steps; "
                         "--resume with a later one, or without, goes on")
     parser.add_argument("--build", choices=(*ENVIRONMENTS, "gp-eyes"), help="pretrain the small "
@@ -1259,6 +1265,8 @@ def main():
     backbone = load_backbone(args.model, pick_device(args.device), args.grad_checkpoint)
     check_sight(backbone, args.task, args.model)
     freeze(backbone.model, args.freeze)                 # before the run folder is claimed
+    if args.drop_pictures and not pictured(args.task):
+        raise Problem(f"--drop-pictures: {args.task} has none; add --task gp-vl or virl-vl")
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
     print(f"SFT of {args.model} on {args.task}, seed {args.seed}, {args.steps} steps of "
           f"{args.batch} examples, into {folder}")

@@ -377,6 +377,25 @@ def test_curve_is_mean_and_range_over_seeds(tmp_path):
         (1e12, pytest.approx(7.5), pytest.approx(5), pytest.approx(10)),
         (6e12, pytest.approx(35), pytest.approx(35), pytest.approx(35))]
     assert evaluate.curve(runs, "sft", "no such cell") == []
+    # one measure against another: the steps in their order, wherever that leads, and no band
+    for _, _, rows in runs:
+        for row in rows:
+            row["cells"]["held-out/ood"]["read"] = 1 - row["cells"]["held-out/ood"]["success"]
+    assert evaluate.curve(runs, "rl", "held-out/ood", against="read") == [
+        pytest.approx((85, 15, 15, 15)), pytest.approx((60, 40, 40, 40))]
+
+
+def test_blind_sft_is_an_arm_of_its_own(tmp_path):
+    """Catches runs that never saw a picture pooled with those that did."""
+    write_run(tmp_path / "a", "sft", 0, {10: 0.9})
+    write_run(tmp_path / "b", "sft", 0, {10: 0.1})
+    args = json.loads((tmp_path / "b" / "args.json").read_text())
+    (tmp_path / "b" / "args.json").write_text(json.dumps(args | {"drop_pictures": True}))
+    runs = evaluate.read_runs(tmp_path)
+    assert [kind for kind, _, _ in runs] == ["sft", "blind sft"] and set(evaluate.ARMS) >= {
+        kind for kind, _, _ in runs}
+    assert [round(row["cells"]["held-out/ood"]["success"], 1) for _, _, rows in runs
+            for row in rows] == [0.9, 0.1]
 
 
 def test_gain_by_published_example():

@@ -513,6 +513,23 @@ def test_sft_and_evaluation_of_pictures_run(at_work, monkeypatch, capsys):
         assert Image.open(shown).size == SIZE
 
 
+def test_dropped_pictures_are_dropped_in_training_alone(at_work, monkeypatch, capsys):
+    """Catches a blind arm that sees, or that is measured blind; and a flag that does nothing."""
+    shown, loss = {True: [], False: []}, sft.sft_loss
+
+    def watched(backbone, rows, micro_batch, backward=True):
+        shown[backward] += [len(row) == 3 for row in rows]
+        return loss(backbone, rows[:2], micro_batch, backward)
+
+    monkeypatch.setattr(sft, "sft_loss", watched)
+    flags = ["--steps", 2, "--start-step", 1, "--batch", 3, "--drop-pictures"]
+    code, error = command(monkeypatch, capsys, sft, *FLAGS, *flags, "--out", "blind")
+    assert code == 0, error
+    assert len(shown[True]) == 6 and not any(shown[True]) and all(shown[False])
+    code, error = command(monkeypatch, capsys, sft, "--model", "model", *flags, "--out", "text")
+    assert_one_line(code, error, "--drop-pictures", "gp-l")
+
+
 def test_rl_of_pictures_killed_and_resumed_is_the_same(at_work, monkeypatch, capsys):
     """Catches pictures that depend on what was drawn before, and a checkpoint that went blind."""
     flags = [*FLAGS, "--from-backbone", "--updates", 2, "--episodes", 4, "--max-new-tokens", 4,
