@@ -13,6 +13,7 @@ Both sample by chance, so their token counts differ a little: they are printed t
 
     python tests/benchmark.py                                   256 episodes, the shipped backbone
     python tests/benchmark.py --episodes 32 --threads 1         a quick look
+    python tests/benchmark.py --task gp-vl     which share of an update the pictures take
 """
 
 import argparse
@@ -33,9 +34,9 @@ import rl  # noqa: E402
 import sft  # noqa: E402
 
 
-def run_settings(episodes):
+def run_settings(episodes, task="gp-l"):
     """The flags of rl.py with their defaults, read by its own parser."""
-    flags = ["rl.py", "--episodes", str(episodes)]
+    flags = ["rl.py", "--task", task, "--episodes", str(episodes)]
     with mock.patch("rl.run") as run, mock.patch("sys.argv", flags):
         rl.main()
     return run.call_args.args[0]
@@ -43,7 +44,8 @@ def run_settings(episodes):
 
 def games(args):
     """Environments and seeds of the first update."""
-    envs = [gp_env.GeneralPoints(split=args.split, tries=args.tries) for _ in range(args.episodes)]
+    envs = [gp_env.GeneralPoints(split=args.split, tries=args.tries, **sft.game_options(args))
+            for _ in range(args.episodes)]
     return envs, [[1, args.seed, 0, i] for i in range(args.episodes)]
 
 
@@ -129,9 +131,52 @@ def one_update(backbone, args, play):
             "tokens trained": numbers["tokens_trained"]}
 
 
+def picture_path(backbone, args):
+    """Seconds that the pictures of one update take: {"draw", "preprocess", "look", "learn to look"}.
+
+    Each is done alone and as often as in an update: every hand is drawn and preprocessed once, goes
+    through eyes and projector in the sampler and in the scoring pass, and with its gradient once an
+    epoch. (What the text layers spend on attending to it is not in here.)
+    """
+    envs, seeds = games(args)
+    clock = [stopwatch(backbone.device)]
+    seen = [env.reset(seed)[0] for env, seed in zip(envs, seeds)]
+    clock.append(stopwatch(backbone.device))
+    pictures = [sft.look(backbone, one["text"], one["image"])[1] for one in seen]
+    clock.append(stopwatch(backbone.device))
+    parts = [pictures[i:i + args.micro_batch] for i in range(0, len(pictures), args.micro_batch)]
+    with torch.no_grad():
+        for part in 2 * parts:
+            sft.cross_states(backbone, part)
+    clock.append(stopwatch(backbone.device))
+    for part in args.epochs * parts:
+        sft.cross_states(backbone, part)[0].sum().backward()
+    clock.append(stopwatch(backbone.device))
+    backbone.model.zero_grad(set_to_none=True)
+    return dict(zip(("draw", "preprocess", "look", "learn to look"),
+                    (b - a for a, b in zip(clock, clock[1:]))))
+
+
+def time_pictures(backbone, args):
+    """Print which share of an update is spent on pictures. Returns {part: seconds}."""
+    sft.check_sight(backbone, args.task, "this model")
+    if not sft.crossing_layers(backbone.model):
+        raise sft.Problem("--task gp-vl: only eyes apart from the text (Mllama) can be timed apart")
+    for _ in range(2):                          # the first calls of a process are slower
+        spent = picture_path(backbone, args)
+    whole = one_update(backbone, args, play_cached)["whole"]
+    for part, seconds in spent.items():
+        print(f"{part:16s}{seconds:10.2f} s{seconds / whole:9.1%}")
+    print(f"{'all of these':16s}{sum(spent.values()):10.2f} s{sum(spent.values()) / whole:9.1%}\n"
+          f"{'whole update':16s}{whole:10.2f} s")
+    return spent | {"whole": whole}
+
+
 def main():
     """Time both, print a table."""
     parser = argparse.ArgumentParser(description="Time one PPO update, cached against naive.")
+    parser.add_argument("--task", choices=("gp-l", "gp-vl"), default="gp-l",
+                        help="gp-l: cached against naive; gp-vl: the share of the pictures")
     parser.add_argument("--episodes", type=int, default=256, help="default 256, as in rl.py")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
     parser.add_argument("--model", help="checkpoint (default: the shipped backbone, or a random "
@@ -152,9 +197,16 @@ def main():
         tokenizer = sft.build_tokenizer(gp_env.phrases())
         model = sft.build_model(tokenizer, 0).to(device).eval()
         backbone = sft.wrap_backbone(model, tokenizer)
-    args = run_settings(asked.episodes)
+    args = run_settings(asked.episodes, asked.task)
     print(f"{name} on {device} with {torch.get_num_threads()} threads: {args.episodes} episodes of "
           f"up to {args.tries} tries, {args.epochs} epochs, temperature {args.temperature}")
+    about = {"model": name, "device": str(device), "threads": torch.get_num_threads(),
+             "episodes": args.episodes, "epochs": args.epochs}
+    if asked.task == "gp-vl":
+        spent = time_pictures(backbone, args)
+        if asked.out:
+            sft.write_json(asked.out, about | spent)
+        return
     for play in (play_cached, play_naive):      # the first calls of a process are slower
         one_update(backbone, run_settings(2), play)
     results = {"cached": one_update(backbone, args, play_cached)}
@@ -167,9 +219,7 @@ def main():
         unit = "" if isinstance(a, int) else ", s"
         print(f"{part + unit:16s}{a:14{figure}}{b:14{figure}}{b / a:9.2f}")
     if asked.out:
-        sft.write_json(asked.out, {"model": name, "device": str(device),
-                                   "threads": torch.get_num_threads(),
-                                   "episodes": args.episodes, "epochs": args.epochs} | results)
+        sft.write_json(asked.out, about | results)
 
 
 if __name__ == "__main__":
