@@ -839,6 +839,7 @@ PANELS = {
     "gp-vl": (("ID, held-out hands", "held-out/id", "success"),
               ("rule OOD, held-out hands", "held-out/ood", "success"),
               ("visual OOD, held-out hands", "held-out/visual", "success"),
+              ("ID: reading and success", "held-out/id", "success", "cards_read"),
               ("rule OOD: reading and success", "held-out/ood", "success", "cards_read"),
               ("visual OOD: reading and success", "held-out/visual", "success", "cards_read")),
     # per_step of the rule OOD is nearly the first turn alone; beside it, the same where the rail
@@ -874,8 +875,8 @@ def plot(folder, path, task="gp-l"):
 def draw_panels(panels, path, title=""):
     """Draw learning curves side by side, in the manner of a paper's figure, into one PNG.
 
-    panels: list of dicts, left to right: {"title", "x_label", "y_label", "series"}; "series" is
-        a list of {"label": str, "colour": (r, g, b), "points": [(x, mean, low, high), ...],
+    panels: list of dicts, in reading order (three in a row where more than four would get too
+        small): {"title", "x_label", "y_label", "series"}; "series" is a list of {"label": str, "colour": (r, g, b), "points": [(x, mean, low, high), ...],
         "dashed": bool}. Points are joined in their order; y values are percentages, x any numbers
         (e.g. FLOPs). No points: only the legend names the series. One point: a dot, and a bar from
         low to high. Series with the same label share one legend entry.
@@ -931,8 +932,10 @@ def draw_panels(panels, path, title=""):
         decimals = max(0, power - math.floor(math.log10(step) + 1e-9))
         return f"{i * step / 10.0 ** power:.{decimals}f}" if i else "0"
 
+    # More than four would be too small beside each other on a page.
+    in_row = len(panels) if len(panels) <= 4 else 3
     # The legend is laid out first: the number of its rows decides the height of the picture.
-    width = panel_width * max(1, len(panels))
+    width = panel_width * max(1, in_row)
     entries = {}  # label -> the longest series that has it, whose look the legend shows
     for series in [series for panel in panels for series in panel["series"]]:
         known = entries.setdefault(series["label"], series)
@@ -944,14 +947,17 @@ def draw_panels(panels, path, title=""):
             rows.append([])
         rows[-1].append((series, entry_width))
     head = 72 if title else 12
-    height = head + panel_height + 44 * len(rows) + 20
+    panels_end = head + panel_height * max(1, math.ceil(len(panels) / max(1, in_row)))
+    height = panels_end + 44 * len(rows) + 20
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image, "RGBA")  # on an RGB image this mode blends translucent colours
     write(width / 2, head / 2 + 4, title, 38, "mm", width - 40)
 
     for number, panel in enumerate(panels):
-        x0, x1 = number * panel_width + left, (number + 1) * panel_width - right
-        y0, y1 = head + panel_height - below, head + above  # y0 is the bottom: y counts down
+        x0 = number % in_row * panel_width + left
+        x1 = x0 - left + panel_width - right
+        top = head + number // in_row * panel_height
+        y0, y1 = top + panel_height - below, top + above  # y0 is the bottom: y counts down
         points = [point for series in panel["series"] for point in series["points"]]
         highest = max([0] + [max(mean, high) for _, mean, _, high in points])
         # A little air above the highest value, but a percentage needs no axis beyond 100.
@@ -984,7 +990,7 @@ def draw_panels(panels, path, title=""):
         draw.line((x0, y1, x0, y0, x1, y0), black, 2)
         x_label = panel["x_label"] + (f" (x 10^{power})" if power else "")
         write((x0 + x1) / 2, y0 + 70, x_label, 26, "mm", x1 - x0)
-        write((x0 + x1) / 2, head + 26, panel["title"], 30, "mm", x1 - x0)
+        write((x0 + x1) / 2, top + 26, panel["title"], 30, "mm", x1 - x0)
         write(x0 - left + 24, y1 - 34, panel["y_label"], 24, "lm", panel_width - 48)
 
         # All bands come before all lines, or a later band would tint an earlier line.
@@ -1004,7 +1010,7 @@ def draw_panels(panels, path, title=""):
 
     for number, row in enumerate(rows):
         x = (width - sum(w for _, w in row) + 48) / 2  # the last entry needs no gap after it
-        y = head + panel_height + 44 * number + 22
+        y = panels_end + 44 * number + 22
         for series, entry_width in row:
             if len(series["points"]) != 1:  # a lone point, e.g. the start, is just a dot
                 curve([(x, y), (x + 68, y)], series["colour"], series.get("dashed"))
