@@ -876,10 +876,11 @@ def draw_panels(panels, path, title=""):
     """Draw learning curves side by side, in the manner of a paper's figure, into one PNG.
 
     panels: list of dicts, in reading order (three in a row where more than four would get too
-        small): {"title", "x_label", "y_label", "series"}; "series" is a list of {"label": str, "colour": (r, g, b), "points": [(x, mean, low, high), ...],
-        "dashed": bool}. Points are joined in their order; y values are percentages, x any numbers
-        (e.g. FLOPs). No points: only the legend names the series. One point: a dot, and a bar from
-        low to high. Series with the same label share one legend entry.
+        small): {"title", "x_label", "y_label", "series"}; "series" is a list of {"label": str,
+        "colour": (r, g, b), "points": [(x, mean, low, high), ...], "dashed": bool}. Points are
+        joined in their order; y values are percentages, x any numbers (e.g. FLOPs). No points:
+        only the legend names the series. One point: a dot, and a bar from low to high. Series
+        with the same label share one legend entry.
     path: where the PNG goes; an older file there is replaced only once the new one is complete.
     title: a heading above all panels; "" leaves its room out.
     """
