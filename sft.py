@@ -184,10 +184,12 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
 def why_not(error, local):
     """What a failed load needs, in one line. local: a folder was asked for, not the hub."""
     said = str(error).strip() or type(error).__name__
-    if not local and "gated repo" in said:
+    if not local and "gated" in said:
         return ("its owner asks for consent first: log in on its page on the hub, accept the "
                 "licence, then run `hf auth login` here")
-    if not local and any(word in said for word in ("connect", "offline", "cached files")):
+    if not local and "valid model identifier" in said:
+        return "the hub knows no model of that name, or hides it from you: `hf auth login` first"
+    if not local and "connect" in said:
         return ("it is not on this machine and the hub cannot be reached: download it where there "
                 "is a network (`hf download NAME --local-dir FOLDER`) and give that folder")
     return (f"cannot load it ({said.splitlines()[0][:200]}). Give a folder with config.json, "
