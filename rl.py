@@ -33,6 +33,8 @@ What differs from the paper's text or its released code, and why:
     python rl.py --task virl-l --ood           walks, after python sft.py --build virl
     python rl.py --task gp-l --inspect         one episode, token by token
     python rl.py --task gp-l --from-backbone   no SFT start: RL has nothing to reward (Fig. 9)
+    python rl.py --preset paper --dry-run --random-weights
+                                               what the paper's run would cost on this GPU
 
 Read before: evaluate.py. Then: tests/test_rl.py, where every function here is checked by hand.
 """
@@ -74,7 +76,7 @@ PAPER = {"updates": 20, "episodes": 500, "tries": 5, "minibatch": 250, "temperat
 PAPER_WALKS = {"updates": 15, "episodes": 160, "tries": 2, "minibatch": 880, "eval_hands": 48}
 PRESETS = {task: PAPER | (PAPER_WALKS if task.startswith("virl") else {})
            | ({"lr": 1e-7, "value_lr": 1e-7} if task == "virl-vl" else {})
-           | {key if key in (*sft.LARGE, "picture_size") else f"sft_{key}": value
+           | {key if key in (*sft.LARGE, "micro_batch", "picture_size") else f"sft_{key}": value
               for key, value in own.items()} for task, own in sft.PRESETS.items()}
 
 
@@ -623,12 +625,13 @@ def run(args):
     backbone = sft.open_backbone(args, args.init)
     sft.check_sight(backbone, args.task, args.init or args.model)
     sft.freeze(backbone.model, args.freeze)
-    minutes = math.nan if args.dry_run else estimate(backbone, args, cells)
+    minutes = 0 if look_only else estimate(backbone, args, cells)
     folder = None if look_only else sft.open_run(
         args.out or f"runs/rl-{args.task}-s{args.seed}", args, "rl")
     print(f"PPO on {args.task}, seed {args.seed}: {args.updates} updates of {args.episodes} "
-          f"episodes on {device} with {torch.get_num_threads()} threads, into {folder}"
-          + f"\nabout {minutes:.0f} minutes on this machine" * (not args.dry_run), flush=True)
+          f"episodes on {device} with {torch.get_num_threads()} threads" + (
+              "" if look_only else f", into {folder}\nabout {minutes:.0f} minutes on this machine"),
+          flush=True)
     saved = checkpoints(folder) if folder and args.resume else []
     start = args.model if args.from_backbone or args.dry_run else (
         args.init or make_start(args, backbone))
@@ -662,8 +665,8 @@ def run(args):
         at = time.time()
         results, _ = evaluate(backbone, cells, ["train", args.eval_split], hands,
                               args.eval_temperature, args.sample_batch or 256,
-                              args.max_new_tokens, task=args.task, size=sft.picture_size(args.picture_size),
-                              where=sft.places(args))
+                              args.max_new_tokens, task=args.task,
+                              size=sft.picture_size(args.picture_size), where=sft.places(args))
         measured.write({"step": step, "hands": hands} | compute(args.task, size, counts)
                        | {"cells": results})
         tqdm.write(f"after update {step}, {hands} episodes a cell ({time.time() - at:.0f} s):")

@@ -24,6 +24,7 @@ The same loop, on broader text, also builds the small backbone that ships with t
     python sft.py --build gp                   # rebuild backbones/gp from nothing
     python sft.py --build gp-eyes              # then teach it to see, its text weights frozen
     python sft.py --build virl                 # the same for walks, into backbones/virl
+    python sft.py --preset paper               # Llama-3.2-11B-Vision on a GPU of 141 GB
 
 Read before: gp_env.py, virl_env.py. Read next: evaluate.py.
 """
@@ -167,12 +168,13 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
                           f"--build {folder.name}, or give a --model")
         raise Problem(f"--model {name}: no config.json there; give a checkpoint folder or a name "
                       "on the hub")
-    try:
-        config = AutoConfig.from_pretrained(name)
+    try:        # a folder from elsewhere runs no code here: neither its modules nor a pickle
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         sees = getattr(config, "vision_config", None) is not None
         kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = kind.from_pretrained(name, dtype=getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = kind.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=False,
+                                     use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:      # the loaders raise a dozen types for one thing: cannot load
         raise Problem(f"--model {name}: {why_not(error, local)}") from None
     processor, blind = load_processor(name, local, config) if sees else (None, "")
@@ -247,11 +249,12 @@ def load_processor(name, local, config):
                       "python sft.py --build gp-eyes teaches backbones/gp")
     try:
         if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
-            return Pictures(AutoImageProcessor.from_pretrained(name, backend="pil"),
+            return Pictures(AutoImageProcessor.from_pretrained(name, backend="pil",
+                                                               trust_remote_code=False),
                             ProcessorMixin.get_processor_dict(name)[0].get("chat_template")), ""
         # SmolVLM's processor asks for torchvision, too; Idefics3's is the same without videos
         kind = Idefics3Processor if config.model_type == "smolvlm" else AutoProcessor
-        processor = kind.from_pretrained(name)
+        processor = kind.from_pretrained(name, trust_remote_code=False)
     except Exception as error:      # as many types as in load_backbone
         return None, f"its picture processor does not load ({str(error).strip()[:200]})"
     if not hasattr(processor, "image_processor"):
@@ -271,6 +274,7 @@ def wrap_backbone(model, tokenizer, name="model", processor=None):
     # marker words and cut it at the markers.
     dated = {"date_string": "26 Jul 2024"}      # Llama 3 prints today's date otherwise
     marks = ("UUU", "AAA", "FFF")
+    trouble = "drops or repeats turns; unsupported"
     for in_parts in (False, True):  # SmolVLM's and LLaVA's lose a turn that is not a list of parts
         talk = [{"role": role, "content": [{"type": "text", "text": word}] if in_parts else word}
                 for role, word in zip(("user", "assistant", "user"), marks)]
@@ -279,11 +283,12 @@ def wrap_backbone(model, tokenizer, name="model", processor=None):
                 turns, tokenize=False, add_generation_prompt=True, **dated)
                 for turns in (talk, talk[:1]))
         except Exception as error:      # a template is a program of somebody else's
-            raise Problem(f"--model {name}: its chat template fails ({error})") from None
+            trouble = f"fails ({error})"
+            continue
         if [whole.count(w) for w in marks] == [1, 1, 1] and once.count("UUU") == 1:
             break
     else:
-        raise Problem(f"--model {name}: its chat template drops or repeats turns; unsupported")
+        raise Problem(f"--model {name}: its chat template {trouble}")
     before_first, before_answer = once.split("UUU")
     before_picture, blind = "", "" if processor is not None else Backbone.blind
     if processor is not None:
@@ -746,14 +751,16 @@ class AdamW16:
 
                     bytes
         weight      2       bf16, what the model computes with
-        gradient    2       bf16
+        gradient    2       bf16. A sum of 64 micro-batches is off by 1 % of its length, of 250
+                            by 2 %, at random: little beside the noise of a batch
         rest        2       int16: weight and rest together are the float32 weight (`halve`)
         moments     2 + 2   bf16, rounded by chance. To the nearest they would stand still, too: at
                             beta2 = 0.999 the second one changes by 1/1000 of itself a step, and its
                             neighbours are 1/256 to 1/128 away
 
-    107 GB at 11B. float32 parameters (the critic) keep float32 moments. Used like an optimiser of
-    torch. Its chance is its own and a function of the number of steps: there is nothing to save.
+    107 GB at 11B; weights that no gradient reaches (text: the eyes) cost 2 bytes. The critic is
+    float32 and keeps float32 moments. Used like an optimiser of torch. Its chance is a function of
+    the number of steps alone: there is nothing of it to save, and nobody else's is touched.
     """
 
     def __init__(self, groups, betas, eps=1e-7, chunk=2 ** 24):
@@ -844,8 +851,9 @@ def take_step(backbone, optimizer, norms):
 def check_refused(backbone, path):
     """Stop after three refused steps in a row; the caller has saved `path`. Raises Problem."""
     if backbone.refused >= 3:
-        raise Problem(f"three gradients in a row were not finite: lower the learning rate. The "
-                      f"weights from before them are in {path}")
+        raise Problem(f"three gradients in a row were not finite. The weights from before them "
+                      f"are in {path}: go on from there with a lower --lr, or ask why (rl.py "
+                      "--init, sft.py --model)")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1331,9 +1339,9 @@ def report_costs(backbone, phases, whole):
 # processed at once, one accumulates. Steps are 800,000 examples; for walks, and the starts of the
 # tasks in pictures, the paper says none: a guess.
 LARGE = {"model": "meta-llama/Llama-3.2-11B-Vision-Instruct", "dtype": "bfloat16",
-         "grad_checkpoint": True, "micro_batch": 4}
+         "grad_checkpoint": True}
 PRESETS = {task: LARGE | {
-    "batch": 128, "lr": 5e-7 if task.endswith("vl") else 1e-6,
+    "micro_batch": 2 if task.endswith("vl") else 4, "batch": 128, "lr": 5e-7 if task.endswith("vl") else 1e-6,
     **({"steps": 6250, "start_step": 400, "save_every": 400} if task.startswith("gp") else
        {"steps": 400, "start_step": 25, "save_every": 25}),
     **({"picture_size": "1200x1200"} if task.endswith("vl") else {})} for task in TASKS}
@@ -1578,7 +1586,7 @@ def open_run(folder, args, kind):
     if folder.exists() and not folder.is_dir():
         raise Problem(f"--out {folder}: that is a file, not a folder")
     free = ("resume", "out", "threads", "device", "stop_step", "micro_batch", "grad_checkpoint",
-            "preset", "dry_run", "random_weights")
+            "dry_run", "random_weights")
     # ... these change no result; with any other flag changed, --resume would mix two runs
     settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in free}
     if HERE in pathlib.Path(args.model).parents:        # the same run, wherever the project lies

@@ -244,6 +244,36 @@ def test_released_folders_load_without_torchvision(kind, tmp_path):
     assert sft.load_backbone(tmp_path / "again").before_picture == "<|user|><image>"
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json",
+                                  "processor_config.json"])
+def test_code_in_a_model_folder_is_not_run(tmp_path, file, monkeypatch):
+    """Catches a downloaded folder that runs its own module, or asks whether it may."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    hub_folder("smolvlm", tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w')\n")
+    key = {"c": "AutoConfig", "t": "AutoTokenizer", "p": "AutoProcessor"}[file[0]]
+    value = "evil.Evil" if file[0] != "t" else ["evil.Evil", "evil.Evil"]
+    known = json.loads((tmp_path / file).read_text()) | {"auto_map": {key: value}}
+    if file[0] == "c":
+        known["model_type"] = "evil"
+    sft.write_json(tmp_path / file, known)
+    if file == "config.json":
+        with pytest.raises(sft.Problem, match="cannot load"):
+            sft.load_backbone(tmp_path)
+    else:                           # the library has a class of its own: that one is used
+        assert sft.load_backbone(tmp_path).blind == ""
+    assert not (tmp_path / "touched").exists()
+
+
+def test_pickled_weights_are_refused(tiny, tmp_path):
+    """Catches weights that are unpickled because the safe file is missing."""
+    sft.save_checkpoint(tmp_path / "model", tiny)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(tiny.model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(sft.Problem, match="cannot load"):
+        sft.load_backbone(tmp_path / "model")
+
+
 @pytest.mark.parametrize("said, words", [
     ("You are trying to access a gated repo.\nMake sure", ["licence", "hf auth login"]),
     ("nobody/none is not a local folder and is not a valid model identifier", ["no model"]),
