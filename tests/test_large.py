@@ -244,6 +244,22 @@ def test_released_folders_load_without_torchvision(kind, tmp_path):
     assert sft.load_backbone(tmp_path / "again").before_picture == "<|user|><image>"
 
 
+def test_every_listed_end_token_ends_an_answer(tiny, tmp_path):
+    """Catches a model that goes on talking: releases list several ends in generation_config."""
+    tiny.model.generation_config.eos_token_id = [65, tiny.end_ids[0], 66]
+    tiny.model.generation_config.update(do_sample=True, top_p=0.5, top_k=3, temperature=0.1,
+                                        repetition_penalty=2.0)     # no sampler here reads these
+    sft.save_checkpoint(tmp_path, tiny)
+    loaded = sft.load_backbone(tmp_path)
+    assert loaded.end_ids == [tiny.end_ids[0], 65, 66]
+    one = evaluate.play(loaded, [Rigged(6) for _ in range(8)], range(8), 0.6, 6, generator())
+    assert {i for e in one for t in e.turns for i in t.answer_ids[:-1]}.isdisjoint(loaded.end_ids)
+    tiny.end_ids = loaded.end_ids
+    two = evaluate.play(tiny, [Rigged(6) for _ in range(8)], range(8), 0.6, 6, generator())
+    assert [t.answer_ids for e in one for t in e.turns] == [
+        t.answer_ids for e in two for t in e.turns]
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json",
                                   "processor_config.json"])
 def test_code_in_a_model_folder_is_not_run(tmp_path, file, monkeypatch):
