@@ -190,7 +190,8 @@ class Reader:
         row 1      p  p  p  a  .  .  .  m  m        0 1 2 3 - - - 4 5
 
     A picture is looked at when its conversation is first read; then it lives in the cache, as
-    columns like others (LLaVA, Idefics) or as keys and values of layers of its own (Mllama).
+    columns like others (LLaVA, Idefics) or as keys and values of layers of its own (Mllama). Gaps
+    are no obstacle to m-RoPE (Qwen2.5-VL): sft.token_positions makes three numbers of the count.
     """
 
     def __init__(self, backbone, rows):

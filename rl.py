@@ -98,6 +98,8 @@ def collect(backbone, args, update):
     Hands and samples are a function of (seed, update), so a resumed run plays the same games.
     """
     options = sft.game_options(args)
+    if args.dry_run and args.task.startswith("virl"):
+        options["go_on"] = True         # noise would end every walk at its first position
     envs = [new_game(args.task, split=args.split, tries=args.tries, **options)
             for _ in range(args.episodes)]
     seeds = [[1, args.seed, update, i] for i in range(args.episodes)]

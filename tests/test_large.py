@@ -388,6 +388,19 @@ def test_dry_run_of_every_class(kind, tmp_path, monkeypatch, capsys):
     assert (sampled - scored).abs().max() < 1e-4
 
 
+def test_dry_run_of_a_walk_is_a_whole_walk(tmp_path, monkeypatch, capsys):
+    """Catches an estimate from walks that noise ends at once: a tenth of their true length."""
+    tiny_configs("llama", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    rows, conversations = [], rl.conversations
+    monkeypatch.setattr(rl, "conversations", lambda e: rows.extend(conversations(e)) or rows)
+    monkeypatch.setattr("sys.argv", ["rl.py", *map(str, [
+        "--task", "virl-l", "--model", "model", "--dry-run", "--random-weights", "--episodes", 2,
+        "--max-new-tokens", 2])])
+    assert sft.guarded(rl.main) == 0, capsys.readouterr().err
+    assert len(rows) > 8 and all(len(row["tries"]) == 2 for row in rows)
+
+
 def test_known_sizes_are_the_published_ones():
     """Catches a configuration from memory with a layer too few. Nothing is allocated."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
