@@ -441,9 +441,11 @@ def self_check(rows, episodes, backbone, split):
     if len(sampled) != len(scored):
         raise Problem(f"self-check: {len(sampled)} tokens were sampled, {len(scored)} are masked: "
                       "the loss mask is off")
-    gap = (torch.tensor(sampled) - scored).abs().max().item()
+    gaps = (torch.tensor(sampled) - scored).abs()
+    # bf16 rounds differently in batches of other shapes, and a low temperature magnifies that. A
+    # few tokens may differ much then; all of them on average only if something is wrong.
     exact = backbone.device.type == "cpu" and backbone.model.dtype == torch.float32
-    limit = 1e-4 if exact else 0.5              # bf16 rounds differently in batches of other shapes
+    gap, limit = (gaps.max().item(), 1e-4) if exact else (gaps.mean().item(), 0.25)
     if not gap < limit:
         raise Problem(f"self-check: sampler and update disagree on log p by {gap:.2g}: wrong "
                       "temperature, positions, padding side or shift")
@@ -451,8 +453,8 @@ def self_check(rows, episodes, backbone, split):
     held_out = split == "train"                         # --split all holds nothing out
     if held_out and not all(in_training(e.env) for e in episodes):
         raise Problem("self-check: a held-out hand or route is among those of training")
-    return (f"self-check: max |log ratio| {gap:.1e} before any step, {len(scored)} tokens sampled "
-            f"and masked, {sum(whole) / len(whole):.1%} of answers ended"
+    return (f"self-check: {'max' if exact else 'mean'} |log ratio| {gap:.1e} before any step, "
+            f"{len(scored)} tokens sampled and masked, {sum(whole) / len(whole):.1%} of answers ended"
             + ", no held-out hand or route" * held_out)
 
 

@@ -466,6 +466,17 @@ def test_bf16_run_resumed_is_the_same(tiny, tmp_path, monkeypatch, capsys):
                              "--dtype", "float32"), "--dtype")
 
 
+def test_bf16_sft_resumed_is_the_same(tiny, tmp_path):
+    """Catches the same in SFT, which loads its weights into the model that is there already."""
+    tiny.model.to(torch.bfloat16)
+    whole = short_run(tiny, tmp_path / "whole")
+    short_run(tiny, tmp_path / "run", stop_at=2)
+    again = short_run(tiny, tmp_path / "run", resume=True)
+    assert same(sft.load_state(whole), sft.load_state(again))
+    one, two = (sft.load_backbone(path, dtype="bfloat16") for path in (whole, again))
+    assert same(one.model.state_dict(), two.model.state_dict())
+
+
 def test_critic_of_a_bf16_model_is_float32(tiny):
     """Catches values and log-probabilities that are rounded to three digits."""
     tiny.model.to(torch.bfloat16)
