@@ -454,7 +454,8 @@ def self_check(rows, episodes, backbone, split):
     if held_out and not all(in_training(e.env) for e in episodes):
         raise Problem("self-check: a held-out hand or route is among those of training")
     return (f"self-check: {'max' if exact else 'mean'} |log ratio| {gap:.1e} before any step, "
-            f"{len(scored)} tokens sampled and masked, {sum(whole) / len(whole):.1%} of answers ended"
+            f"{len(scored)} tokens sampled and masked, "
+            f"{sum(whole) / len(whole):.1%} of answers ended"
             + ", no held-out hand or route" * held_out)
 
 
