@@ -47,7 +47,8 @@ import virl_env
 from sft import (DEFAULT_MODEL, OTHER_CITIES, TASKS, TRAINING_CITY, Metrics, Problem, check_flags,
                  check_sight, checkpoints, cross_states, crossing_layers, data_flags, guarded,
                  load_backbone, look, may_look, name_default, parse_flags, pick_device,
-                 picture_size, pictured, places, read_lines, see, user_ids, write_json)
+                 picture_size, pictured, places, precision, read_lines, see, token_positions,
+                 user_ids, write_json)
 from verifier import MAX_ANSWER, read_answer
 
 EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same for every model
@@ -189,7 +190,8 @@ class Reader:
         row 1      p  p  p  a  .  .  .  m  m        0 1 2 3 - - - 4 5
 
     A picture is looked at when its conversation is first read; then it lives in the cache, as
-    columns like others (LLaVA, Idefics) or as keys and values of layers of its own (Mllama).
+    columns like others (LLaVA, Idefics) or as keys and values of layers of its own (Mllama). Gaps
+    are no obstacle to m-RoPE (Qwen2.5-VL): sft.token_positions makes three numbers of the count.
     """
 
     def __init__(self, backbone, rows):
@@ -281,13 +283,13 @@ class Reader:
 
         pictures: what each row shows from now on, None in a row of text; without, as before."""
         self.mask = torch.cat([self.mask, inside], dim=1)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        device = ids.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        count = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        with precision(self.backbone):
+            extra = self._see(ids, pictures or self.pictures)
             hidden = self.backbone.model.base_model(
-                input_ids=ids, attention_mask=self.mask, position_ids=positions,
-                use_cache=True, **{self.cache_name: self.cache},
-                **self._see(ids, pictures or self.pictures)).last_hidden_state[:, -1]
+                input_ids=ids, attention_mask=self.mask,
+                position_ids=token_positions(self.backbone, self.pictures, count),
+                use_cache=True, **{self.cache_name: self.cache}, **extra).last_hidden_state[:, -1]
             logits = self.backbone.model.get_output_embeddings()(hidden).float()
         if self.backbone.banned:
             logits[:, self.backbone.banned] = -torch.inf
@@ -300,8 +302,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
     """Play one episode in every environment, all in one batch. Returns a list of Episode.
 
     temperature 0 takes the likeliest token; otherwise `generator` (a torch.Generator on the model's
-    device) draws. keep_cache=False reads each conversation again at every try: slower, and the only
-    way for models whose positions are more than a count (m-RoPE).
+    device) draws. keep_cache=False reads each conversation again at every try: slower, for checks.
     """
     backbone.model.eval()       # train mode with checkpointing samples wrong tokens, silently
     device = backbone.device
@@ -825,8 +826,8 @@ def table(runs, task="gp-l"):
     return "\n".join(lines)
 
 
-# The arms of the comparison: {kind of run: (name, colour)}. A blind run of SFT never saw the pictures
-# of its examples (sft.py --drop-pictures).
+# The arms of the comparison: {kind of run: (name, colour)}. A blind run of SFT never saw pictures
+# (sft.py --drop-pictures).
 ARMS = {"sft": ("SFT", (52, 104, 192)), "blind sft": ("SFT, pictures dropped", (120, 120, 120)),
         "rl": ("RL", (200, 60, 50))}
 # What a figure shows, from left to right: (title, cell, measure). A fourth entry is a measure to
@@ -1044,7 +1045,7 @@ def evaluate_run(args, cells, splits, device):
     for step, folder in found:
         if step in done or args.steps and step not in args.steps:
             continue
-        backbone = load_backbone(folder, device)
+        backbone = load_backbone(folder, device, dtype=args.dtype)
         check_sight(backbone, args.task, folder)
         results, _ = evaluate(backbone, cells, splits, args.hands, args.temperature, args.batch,
                               args.max_new_tokens, task=args.task,
@@ -1087,6 +1088,8 @@ def main():
                        "the small backbone spells real names out: with --routes take 200)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda")
     group.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                       help="of the weights (default float32)")
     group.add_argument("--show", type=int, default=0, metavar="N",
                        help="print N transcripts a cell, half of them solved; pictures go to "
                        "runs/shown")
@@ -1115,7 +1118,7 @@ def main():
                      args.splits, device)
         return
     name = args.model or str(DEFAULT_MODEL[args.task])
-    backbone = load_backbone(name, device)
+    backbone = load_backbone(name, device, dtype=args.dtype)
     check_sight(backbone, args.task, name)
     began = time.time()
     print(f"{name} on {args.task}: {args.hands} episodes a cell, temperature {args.temperature:g}")

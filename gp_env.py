@@ -612,7 +612,7 @@ _LISTED = re.compile(", ".join(["(10|[2-9AJQK])"] * 4))
 
 
 def _random_suits(rng, cards):
-    """Suits for four ranks, two cards of a rank in different ones; three cards in four are black."""
+    """Suits for four ranks, different ones for two of a rank; three cards in four are black."""
     odds = [3 / 8 if suit in SUITS["black"] else 1 / 8 for suit in SUITS["all"]]
     suits = [""] * 4
     for rank in dict.fromkeys(cards):

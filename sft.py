@@ -24,6 +24,7 @@ The same loop, on broader text, also builds the small backbone that ships with t
     python sft.py --build gp                   # rebuild backbones/gp from nothing
     python sft.py --build gp-eyes              # then teach it to see, its text weights frozen
     python sft.py --build virl                 # the same for walks, into backbones/virl
+    python sft.py --preset paper               # Llama-3.2-11B-Vision on a GPU of 141 GB
 
 Read before: gp_env.py, virl_env.py. Read next: evaluate.py.
 """
@@ -38,6 +39,7 @@ import pathlib
 import shutil
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -89,9 +91,14 @@ def guarded(main):
         what = "the disk is full: free some space" if error.errno == errno.ENOSPC else str(error)
         print(f"{name}: {what}; nothing saved before is lost, go on with --resume", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print(f"{name}: out of GPU memory: lower --micro-batch (the result stays the same), or add "
-              "--grad-checkpoint; go on with --resume", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        sampling = "play" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        turn = ("lower --batch (episodes at once)" if name == "evaluate.py" else
+                "lower --sample-batch (episodes at once)" if sampling else
+                "lower --micro-batch (the result stays the same), or add --grad-checkpoint, "
+                "--dtype bfloat16, --freeze vision")
+        print(f"{name}: out of GPU memory: {turn}; what was saved is not lost, go on with "
+              "--resume", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; go on with --resume", file=sys.stderr)
@@ -118,6 +125,7 @@ class Backbone:
     processor: object = None        # turns pictures into tensors; None if the model cannot see:
     blind: str = "it is a text-only model"                      # ... and then this is why
     before_picture: str = ""        # before_first of a turn with a picture, which it has a mark of
+    refused: int = 0                # optimiser steps in a row whose gradient was not finite
 
     @property
     def device(self):
@@ -140,11 +148,12 @@ def pick_device(name):
         raise Problem(f"--device {name}: unknown device; use auto, cpu or cuda") from None
 
 
-def load_backbone(name, device="cpu", grad_checkpoint=False):
+def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
     """Load a text or vision-language chat model from a folder or, by name, from the hub.
 
-    Returns a Backbone with float32 weights (on a GPU the forward passes run in bf16 autocast).
-    Raises Problem for a missing folder, a damaged file, or a model that cannot chat.
+    dtype of the weights: float32, or bfloat16 with half the memory (see AdamW16 and `precision`).
+    Returns a Backbone. Raises Problem for a missing folder, a damaged file, a model that the hub
+    does not hand out, or one that cannot chat.
     """
     from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
                               AutoTokenizer)
@@ -159,41 +168,93 @@ def load_backbone(name, device="cpu", grad_checkpoint=False):
                           f"--build {folder.name}, or give a --model")
         raise Problem(f"--model {name}: no config.json there; give a checkpoint folder or a name "
                       "on the hub")
-    try:
-        config = AutoConfig.from_pretrained(name)
+    try:        # a folder from elsewhere runs no code here: neither its modules nor a pickle
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         sees = getattr(config, "vision_config", None) is not None
         kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = kind.from_pretrained(name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = kind.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=False,
+                                     use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:      # the loaders raise a dozen types for one thing: cannot load
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Problem(f"--model {name}: cannot load it ({first[:200]}). Give a folder with "
-                      "config.json, model.safetensors and a tokenizer, or a hub name you have "
-                      "access to") from None
-    processor, blind = load_processor(name, local) if sees else (None, "")
+        raise Problem(f"--model {name}: {why_not(error, local)}") from None
+    processor, blind = load_processor(name, local, config) if sees else (None, "")
     backbone = wrap_backbone(model.to(device).eval(), tokenizer, name, processor)
     backbone.blind = blind or backbone.blind
-    if grad_checkpoint:
-        # Recompute each layer's activations in the backward pass instead of keeping them: about a
-        # third more time, a fraction of the memory, and bit-equal gradients. (Newer releases of
-        # transformers renamed the call.)
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        backbone.checkpointing = True
+    return checkpointed(backbone) if grad_checkpoint else backbone
+
+
+def why_not(error, local):
+    """What a failed load needs, in one line. local: a folder was asked for, not the hub."""
+    said = str(error).strip() or type(error).__name__
+    if not local and "gated" in said:
+        return ("its owner asks for consent first: log in on its page on the hub, accept the "
+                "licence, then run `hf auth login` here")
+    if not local and "valid model identifier" in said:
+        return "the hub knows no model of that name, or hides it from you: `hf auth login` first"
+    if not local and "connect" in said:
+        return ("it is not on this machine and the hub cannot be reached: download it where there "
+                "is a network (`hf download NAME --local-dir FOLDER`) and give that folder")
+    return (f"cannot load it ({said.splitlines()[0][:200]}). Give a folder with config.json, "
+            "model.safetensors and a tokenizer, or a hub name you have access to")
+
+
+def checkpointed(backbone):
+    """Switch gradient checkpointing on; `learning_mode` says when it is at work."""
+    # Recompute each layer's activations in the backward pass instead of keeping them: about a
+    # third more time, a fraction of the memory, and bit-equal gradients. (Newer releases of
+    # transformers renamed the call.)
+    model = backbone.model
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    backbone.checkpointing = True
     return backbone
 
 
-def load_processor(name, local):
+def precision(backbone):
+    """The context of a forward pass: float32 weights are multiplied in bf16 on a GPU.
+
+    On a CPU they stay float32. Weights that are bf16 already need no autocast: the model's own code
+    takes its norms and softmax to float32. Log-probabilities and the critic are float32 throughout.
+    """
+    on = backbone.device.type == "cuda" and backbone.model.dtype == torch.float32
+    return torch.autocast(backbone.device.type, torch.bfloat16, enabled=on)
+
+
+def mrope(model):
+    """True for positions in three dimensions (time, height, width), as in Qwen2.5-VL."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return "mrope_section" in rope
+
+
+@dataclass
+class Pictures:
+    """A processor that does nothing but pictures: Qwen2.5-VL's own wants torchvision for videos."""
+
+    image_processor: object
+    chat_template: str
+
+    def save_pretrained(self, folder):
+        """Write preprocessor_config.json; the tokenizer saves the template."""
+        self.image_processor.save_pretrained(folder)
+
+
+def load_processor(name, local, config):
     """What turns pictures into tensors for a vision-language model: (processor, "").
 
     Or (None, why there is none): a text task does not mind. local: name is a folder.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoImageProcessor, AutoProcessor, Idefics3Processor, ProcessorMixin
     files = ("processor_config.json", "preprocessor_config.json")
     if local and not any((pathlib.Path(name) / file).exists() for file in files):
         return None, ("it has eyes, but was never trained to see (no processor_config.json); "
                       "python sft.py --build gp-eyes teaches backbones/gp")
     try:
-        processor = AutoProcessor.from_pretrained(name)
+        if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+            return Pictures(AutoImageProcessor.from_pretrained(name, backend="pil",
+                                                               trust_remote_code=False),
+                            ProcessorMixin.get_processor_dict(name)[0].get("chat_template")), ""
+        # SmolVLM's processor asks for torchvision, too; Idefics3's is the same without videos
+        kind = Idefics3Processor if config.model_type == "smolvlm" else AutoProcessor
+        processor = kind.from_pretrained(name, trust_remote_code=False)
     except Exception as error:      # as many types as in load_backbone
         return None, f"its picture processor does not load ({str(error).strip()[:200]})"
     if not hasattr(processor, "image_processor"):
@@ -204,28 +265,37 @@ def load_processor(name, local):
 
 def wrap_backbone(model, tokenizer, name="model", processor=None):
     """Find the chat markup, the end tokens and the banned tokens of a model. Returns a Backbone."""
-    if not getattr(tokenizer, "chat_template", None):
+    template = getattr(tokenizer, "chat_template", None) or getattr(
+        processor, "chat_template", None)       # some vision-language models keep it there only
+    if not template:
         raise Problem(f"--model {name}: its tokenizer has no chat template; use an instruct model")
+    tokenizer.chat_template = template
     # Real chat templates are programs. Rather than imitate each, render one conversation with
     # marker words and cut it at the markers.
-    talk = [{"role": "user", "content": "UUU"}, {"role": "assistant", "content": "AAA"},
-            {"role": "user", "content": "FFF"}]
     dated = {"date_string": "26 Jul 2024"}      # Llama 3 prints today's date otherwise
-    try:
-        whole, once = (tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **dated)
-            for turns in (talk, talk[:1]))
-    except Exception as error:      # a template is a program of somebody else's
-        raise Problem(f"--model {name}: its chat template fails ({error})") from None
-    if [whole.count(w) for w in ("UUU", "AAA", "FFF")] != [1, 1, 1] or once.count("UUU") != 1:
-        raise Problem(f"--model {name}: its chat template drops or repeats turns; unsupported")
+    marks = ("UUU", "AAA", "FFF")
+    trouble = "drops or repeats turns; unsupported"
+    for in_parts in (False, True):  # SmolVLM's and LLaVA's lose a turn that is not a list of parts
+        talk = [{"role": role, "content": [{"type": "text", "text": word}] if in_parts else word}
+                for role, word in zip(("user", "assistant", "user"), marks)]
+        try:
+            whole, once = (tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **dated)
+                for turns in (talk, talk[:1]))
+        except Exception as error:      # a template is a program of somebody else's
+            trouble = f"fails ({error})"
+            continue
+        if [whole.count(w) for w in marks] == [1, 1, 1] and once.count("UUU") == 1:
+            break
+    else:
+        raise Problem(f"--model {name}: its chat template {trouble}")
     before_first, before_answer = once.split("UUU")
     before_picture, blind = "", "" if processor is not None else Backbone.blind
     if processor is not None:
         shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "UUU"}]}]
         try:
             whole_shown = tokenizer.apply_chat_template(
-                shown, chat_template=processor.chat_template, tokenize=False,
+                shown, chat_template=processor.chat_template or template, tokenize=False,
                 add_generation_prompt=True, **dated)
             before_picture, after_shown = whole_shown.split("UUU")
             if after_shown != before_answer:
@@ -244,11 +314,8 @@ def wrap_backbone(model, tokenizer, name="model", processor=None):
     banned = {getattr(config, key, None) for key in
               ("image_token_index", "image_token_id", "video_token_id", "vision_start_token_id",
                "vision_end_token_id")}
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     if getattr(config.get_text_config(), "final_logit_softcapping", None):
         raise Problem(f"--model {name}: it bends its logits (soft-capping); not supported")
-    if "mrope_section" in rope:
-        raise Problem(f"--model {name}: positions in three dimensions (m-RoPE) are not supported")
     rows = model.get_output_embeddings().weight.shape[0]
     return Backbone(model, tokenizer,
                     end_ids=list(dict.fromkeys([end_id] + [i for i in listed if i is not None])),
@@ -277,8 +344,9 @@ def freeze(model, what):
     "none" for nothing. Layers that look at a picture (Mllama) belong to the language model here.
     Raises Problem if the model has no such part.
     """
-    parts = {"vision": ("vision_model", "vision_tower"),
-             "adapter": ("vision_model", "vision_tower", "multi_modal_projector", "connector")}
+    eyes = ("vision_model", "vision_tower", "visual.blocks", "visual.patch_embed")
+    parts = {"vision": eyes,
+             "adapter": (*eyes, "multi_modal_projector", "connector", "visual.merger")}
     parts = parts.get(what, ())
     frozen = [p for name, p in model.named_parameters() if any(part in name for part in parts)]
     if parts and not frozen:
@@ -322,6 +390,14 @@ def look(backbone, text, image):
     if crossing_layers(backbone.model):
         ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
         seen = backbone.processor.image_processor([[image]], return_tensors="pt")
+    elif mrope(backbone.model):
+        mark = backbone.model.config.image_token_id
+        ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        seen = backbone.processor.image_processor([[image]], return_tensors="pt")
+        patches = int(seen["image_grid_thw"].prod())
+        at = ids.index(mark)
+        ids[at:at + 1] = [mark] * (patches // backbone.processor.image_processor.merge_size ** 2)
+        seen["shift"] = position_shift(backbone, ids, seen["image_grid_thw"])
     else:
         seen = backbone.processor(text=[text], images=[[image]], return_tensors="pt",
                                   add_special_tokens=False)
@@ -330,6 +406,42 @@ def look(backbone, text, image):
     # conversation, so it is made where the tokens are (may_look)
     apart = ("input_ids", "attention_mask", "token_type_ids", "num_tiles")
     return ids, {key: value for key, value in seen.items() if key not in apart}
+
+
+def position_shift(backbone, ids, grid):
+    """m-RoPE: by how much the positions of a first turn with a picture differ from a count.
+
+    The patches of a picture share one time and count rows and columns, so that the text behind it
+    goes on from a smaller number than its place in the sequence. ids: tokens of the turn; grid
+    (1, 3): patches in time, height, width. Returns (1, 3, T) int64: add it to 0..T-1. Whatever
+    follows is text and is shifted as the last token is.
+
+        token     u  #  #  #  #  :         # four patches, 2 x 2
+        count     0  1  2  3  4  5
+        time      0  1  1  1  1  3         shift  0  0 -1 -2 -3 -2
+        height    0  1  1  2  2  3                0  0 -1 -1 -2 -2
+        width     0  1  2  1  2  3                0  0  0 -2 -2 -2
+    """
+    ids = torch.tensor([ids])
+    kinds = (ids == backbone.model.config.image_token_id).int()
+    where, _ = backbone.model.base_model.get_rope_index(ids, kinds, image_grid_thw=grid)
+    return (where - torch.arange(ids.shape[1])).transpose(0, 1)
+
+
+def token_positions(backbone, pictures, count):
+    """Where each token of a batch stands: (B, T), for m-RoPE (3, B, T).
+
+    pictures: for each row `look`'s tensors or None. count (B, T): tokens of the row before it.
+    """
+    if not mrope(backbone.model):
+        return count
+    shifts = [torch.zeros(3, 1, dtype=torch.long) if picture is None else picture["shift"][0]
+              for picture in pictures or [None] * len(count)]
+    longest = max(shift.shape[1] for shift in shifts)
+    table = torch.stack([torch.cat([shift, shift[:, -1:].expand(-1, longest - shift.shape[1])], 1)
+                         for shift in shifts], 1).to(count.device)              # (3, B, longest)
+    at = count.clamp(max=longest - 1).expand(3, -1, -1)
+    return count + table.gather(2, at)
 
 
 def answer_ids(backbone, text):
@@ -378,21 +490,23 @@ def pad(rows, fill=0):
 
 
 # How a language model sees. There are two ways, and the next five functions keep them apart:
-#   placeholders (LLaVA, Idefics3)  the picture takes k places of the sequence; what the eyes saw
-#                                   stands there instead of embeddings, attended to as text is
+#   placeholders (LLaVA, Idefics3,  the picture takes k places of the sequence; what the eyes saw
+#   SmolVLM, Qwen2.5-VL)            stands there instead of embeddings, attended to as text is
 #   crossing (Mllama, the paper's)  one mark in the sequence; a few layers of their own attend from
 #                                   every token after the mark to the picture, behind gates. Text
 #                                   without a picture skips these layers
 # Either way the tensors of a picture travel with their row, and rows of a batch may differ.
 
 
-def join_pictures(pictures, device):
+def join_pictures(backbone, pictures):
     """The tensors of all pictures of a batch, one after the other. pictures: see `see`."""
     shown = [picture for picture in pictures if picture is not None]
     try:
         # rows without a picture take no place here: the ids say whose picture comes next
-        return {key: torch.cat([picture[key] for picture in shown]).to(device)
-                for key in shown[0]}
+        joined = {key: torch.cat([picture[key] for picture in shown]).to(backbone.device)
+                  for key in shown[0] if key != "shift"}
+        return {key: value.to(backbone.model.dtype) if value.is_floating_point() else value
+                for key, value in joined.items()}
     except RuntimeError:
         raise Problem("the pictures of a batch differ in shape for this model: draw all in one "
                       "--picture-size") from None
@@ -407,7 +521,7 @@ def cross_states(backbone, pictures):
     and attention adds 0: a row of text is read as if alone.
     """
     base = backbone.model.base_model
-    seen = join_pictures(pictures, backbone.device)
+    seen = join_pictures(backbone, pictures)
     states = base.multi_modal_projector(base.vision_model(**seen).last_hidden_state).flatten(1, 3)
     rows = torch.tensor([i for i, p in enumerate(pictures) if p is not None],
                         device=backbone.device)
@@ -434,7 +548,7 @@ def see(backbone, ids, pictures):
         return {}
     if not crossing_layers(backbone.model):
         # the placeholders take what was seen one by one, row after row
-        return join_pictures(pictures, backbone.device)
+        return join_pictures(backbone, pictures)
     states, tiles = cross_states(backbone, pictures)
     return {"cross_attention_states": states,
             "cross_attention_mask": may_look(backbone, ids, tiles)}
@@ -446,11 +560,14 @@ def trunk(backbone, ids, lengths, pictures=None):
     pictures: None, or for each row what `look` made of its picture, None in a row of text.
     Padding stands to the right and attention is causal, so no real token ever looks at it.
     """
-    inside = torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
-    device = ids.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    count = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    inside = count < lengths[:, None]
+    # a plain count is what every model takes by itself
+    where = ({"position_ids": token_positions(backbone, pictures, count)}
+             if mrope(backbone.model) else {})
+    with precision(backbone):
         return backbone.model.base_model(
-            input_ids=ids, attention_mask=inside.long(), use_cache=False,
+            input_ids=ids, attention_mask=inside.long(), use_cache=False, **where,
             **see(backbone, ids, pictures or [])).last_hidden_state
 
 
@@ -474,8 +591,7 @@ def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
     assert hidden.shape[:2] == ids.shape == mask.shape, (hidden.shape, ids.shape, mask.shape)
     assert not mask[:, 0].any(), "nothing comes before position 0: it cannot be scored"
     wanted = mask[:, 1:].bool()
-    device = ids.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    with precision(backbone):
         logits = backbone.model.get_output_embeddings()(hidden[:, :-1][wanted])     # (N, V)
     logits = logits.float() / temperature       # float32 before the softmax: bf16 rounds log p
     if backbone.banned:                         # to 1/32, which alone moves a PPO ratio by 3 %
@@ -590,8 +706,154 @@ class Metrics:
         self.file = open(self.path, "a", buffering=1)
 
     def write(self, row):
-        """Append one row (a dict with "step")."""
+        """Append one row (a dict with "step"). JSON has no nan or infinity: null."""
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+               for key, value in row.items()}
         self.file.write(json.dumps(row) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. The optimiser
+# ------------------------------------------------------------------------------------------------
+
+
+def halve(master):
+    """float32 -> (bfloat16, int16) of the same shape; `rejoin` gives back every bit.
+
+    A bfloat16 is the upper half of a float32. Rounded to the nearest one (halves away from zero),
+    what is left over is a number of -32768..32767: exactly what 16 bits can hold.
+    """
+    bits = master.view(torch.int32)
+    upper = (bits + 0x8000) & -0x10000
+    return upper.view(torch.float32).bfloat16(), (bits - upper).to(torch.int16)
+
+
+def rejoin(weight, rest):
+    """(bfloat16, int16) -> the float32 that `halve` was given."""
+    return (weight.float().view(torch.int32) + rest).view(torch.float32)
+
+
+def stochastic(value, generator):
+    """float32 -> bfloat16, rounded up or down by chance, so that the mean is the float32 value."""
+    bits = value.view(torch.int32)
+    noise = torch.randint(0, 0x10000, bits.shape, generator=generator, device=bits.device,
+                          dtype=torch.int32)
+    return ((bits + noise) & -0x10000).view(torch.float32).bfloat16()
+
+
+class AdamW16:
+    """AdamW without weight decay (Loshchilov and Hutter 2019) in 10 bytes a parameter, not 16.
+
+    Why plain bf16 stands still: it has 8 bits of mantissa. The neighbours of a weight of 0.02 are
+    1.2e-4 away, a step of Adam is about lr = 1e-6, and 0.02 + 1e-6 rounds back to 0.02. (Weights of
+    standard deviation 0.02: after 100 equal steps they have moved by 2 % of what was asked.) The
+    usual cure, float32 copies of weights and moments, needs 16 bytes a parameter: 171 GB at 11B.
+
+                    bytes
+        weight      2       bf16, what the model computes with
+        gradient    2       bf16. A sum of 64 micro-batches is off by 1 % of its length, of 250
+                            by 2 %, at random: little beside the noise of a batch
+        rest        2       int16: weight and rest together are the float32 weight (`halve`)
+        moments     2 + 2   bf16, rounded by chance. To the nearest they would stand still, too: at
+                            beta2 = 0.999 the second one changes by 1/1000 of itself a step, and its
+                            neighbours are 1/256 to 1/128 away
+
+    107 GB at 11B; weights that no gradient reaches (text: the eyes) cost 2 bytes. The critic is
+    float32 and keeps float32 moments. Used like an optimiser of torch. Its chance is a function of
+    the number of steps alone: there is nothing of it to save, and nobody else's is touched.
+    """
+
+    def __init__(self, groups, betas, eps=1e-7, chunk=2 ** 24):
+        self.param_groups, self.betas, self.eps = groups, betas, eps
+        self.chunk = chunk      # weights at a time: float32 copies take 1 GB, not 400
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.state, self.steps = [None] * len(self.parameters), 0
+
+    @torch.no_grad()
+    def step(self):
+        """One step of every parameter that has a gradient."""
+        self.steps += 1
+        generator = torch.Generator(self.parameters[0].device).manual_seed(self.steps)
+        rates = [group["lr"] for group in self.param_groups for _ in group["params"]]
+        for i, (parameter, rate) in enumerate(zip(self.parameters, rates)):
+            if parameter.grad is None:
+                continue
+            if self.state[i] is None:
+                first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                self.state[i] = {"step": 0, "first": first, "second": second,
+                                 "rest": first.to(torch.int16)}
+            state = self.state[i]
+            state["step"] += 1
+            whole = [parameter.grad.reshape(-1)] + [
+                x.view(-1) for x in (parameter, state["first"], state["second"], state["rest"])]
+            for parts in zip(*(x.split(self.chunk) for x in whole)):
+                self._move(*parts, rate, state["step"], generator)
+
+    def _move(self, gradient, weight, first, second, rest, rate, step, generator):
+        """Change one chunk in place."""
+        beta1, beta2 = self.betas
+        half = weight.dtype == torch.bfloat16
+        m = first.float() * beta1 + gradient.float() * (1 - beta1)
+        v = second.float() * beta2 + gradient.float().square() * (1 - beta2)
+        way = (m / (1 - beta1 ** step)) / ((v / (1 - beta2 ** step)).sqrt() + self.eps)
+        moved = (rejoin(weight, rest) if half else weight) - rate * way
+        if half:
+            moved, new_rest = halve(moved)
+            rest.copy_(new_rest)
+        weight.copy_(moved)
+        first.copy_(stochastic(m, generator) if half else m)
+        second.copy_(stochastic(v, generator) if half else v)
+
+    def zero_grad(self, set_to_none=True):
+        """Drop the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def state_dict(self):
+        """All that `load_state_dict` needs; plain data."""
+        return {"steps": self.steps, "state": self.state}
+
+    def load_state_dict(self, saved):
+        """Go on from a `state_dict`, wherever its tensors lie."""
+        self.steps = saved["steps"]
+        self.state = [state and {key: torch.as_tensor(value).to(parameter.device)
+                                 if key != "step" else value for key, value in state.items()}
+                      for state, parameter in zip(saved["state"], self.parameters)]
+
+
+def adamw(groups, betas, **more):
+    """The optimiser: torch's AdamW, or AdamW16 where weights are bfloat16.
+
+    groups: list of {"params": [...], "lr": ...}. eps as in the paper's scripts, no weight decay.
+    """
+    if any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
+        return AdamW16(groups, betas)
+    return torch.optim.AdamW(groups, betas=betas, eps=1e-7, weight_decay=0.0, **more)
+
+
+def take_step(backbone, optimizer, norms):
+    """Take an optimiser step and drop the gradients, if all their norms are finite.
+
+    A step that is not finite is reported and not applied. After three in a row something is wrong
+    with more than one batch: see `check_refused`. Returns whether the step was taken.
+    """
+    fine = all(map(torch.isfinite, norms))
+    if fine:
+        optimizer.step()
+        backbone.refused = 0
+    else:
+        backbone.refused += 1
+        tqdm.write("a gradient is not finite: this step is not taken")
+    optimizer.zero_grad(set_to_none=True)
+    return fine
+
+
+def check_refused(backbone, path):
+    """Stop after three refused steps in a row; the caller has saved `path`. Raises Problem."""
+    if backbone.refused >= 3:
+        raise Problem(f"three gradients in a row were not finite. The weights from before them "
+                      f"are in {path}: go on from there with a lower --lr, or ask why (rl.py "
+                      "--init, sft.py --model)")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -666,19 +928,24 @@ def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, re
     folder.mkdir(parents=True, exist_ok=True)
     model = backbone.model
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # beta2 and eps as in the paper's SFT scripts; fused: one pass over memory for each tensor
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), eps=1e-7,
-                                  weight_decay=0.0, fused=True)
+    # beta2 as in the paper's SFT scripts; fused: one pass over memory for each tensor
+    optimizer = adamw([{"params": parameters, "lr": lr}], (0.9, 0.98), fused=True)
     first, tokens = 0, 0
     if resume and checkpoints(folder):
         first, path = checkpoints(folder)[-1]
         state = load_state(path, ("optimizer", "tokens"))
-        restored = load_backbone(path)
+        restored = load_backbone(path, dtype=str(model.dtype).removeprefix("torch."))
         model.load_state_dict(restored.model.state_dict())
         optimizer.load_state_dict(state["optimizer"])
         tokens = state["tokens"]
     metrics = Metrics(folder, resume_at=first if resume else None)
     count = task_parameters(model, pictures)
+
+    def save(step):
+        save_checkpoint(folder / f"step-{step:06d}", backbone,
+                        {"optimizer": optimizer.state_dict(), "tokens": tokens})
+        return folder / f"step-{step:06d}"
+
     began, losses = time.time(), []
     bar = tqdm(range(first, stop_at), initial=first, total=stop_at, desc="sft", unit="step",
                leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
@@ -686,15 +953,16 @@ def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, re
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup, cooldown)
         rows = [encode(backbone, conversation) for conversation in draw(step)]
-        loss, fed = sft_loss(backbone, rows, micro_batch)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not torch.isfinite(norm):
-            raise Problem(f"the gradient is not finite at step {step}: lower --lr")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        try:
+            loss, fed = sft_loss(backbone, rows, micro_batch)
+        except torch.OutOfMemoryError:
+            if step > first:                # no step was half taken: the weights are sound
+                save(step)
+            raise
+        take_step(backbone, optimizer, [torch.nn.utils.clip_grad_norm_(parameters, 1.0)])
         tokens += fed
         losses.append(loss)
-        if step + 1 in save_at or step + 1 == stop_at:
+        if step + 1 in save_at or step + 1 == stop_at or backbone.refused >= 3:
             row = {"step": step + 1, "loss": sum(losses) / len(losses), "tokens": tokens,
                    "flops": 6 * count * tokens, "lr": optimizer.param_groups[0]["lr"]}
             row |= probe(backbone) if probe else {}
@@ -702,8 +970,7 @@ def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, re
             # metrics first: killed between the two, the run goes on from the checkpoint before,
             # and this row is written again
             metrics.write(row)
-            save_checkpoint(folder / f"step-{step + 1:06d}", backbone,
-                            {"optimizer": optimizer.state_dict(), "tokens": tokens})
+            check_refused(backbone, save(step + 1))
             losses = []
             if report:
                 report(row)
@@ -994,8 +1261,160 @@ def build_eyes(folder, seed, steps, batch, lr, resume):
 
 
 # ------------------------------------------------------------------------------------------------
+# Random weights: a model of the true size without a download, to see what a run would cost
+# ------------------------------------------------------------------------------------------------
+
+# Published sizes; what is not said is the class's default.
+KNOWN = {
+    "meta-llama/Llama-3.2-11B-Vision-Instruct": {
+        "model_type": "mllama", "vision_config": {"image_size": 560}},
+    "Qwen/Qwen2.5-VL-3B-Instruct": {
+        "model_type": "qwen2_5_vl", "tie_word_embeddings": True,
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048},
+        "text_config": {
+            "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 36,
+            "num_attention_heads": 16, "num_key_value_heads": 2, "intermediate_size": 11008,
+            "tie_word_embeddings": True, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}},
+    "Qwen/Qwen2.5-0.5B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
+        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default",
+                                                         "rope_theta": 1e6}}}
+
+
+def random_backbone(name, task, device="cpu", grad_checkpoint=False, dtype="float32"):
+    """A model of the class and size of `name`, with random weights and the small tokenizer.
+
+    name: a folder with config.json, that file itself, or a key of KNOWN. Returns a Backbone. Raises
+    Problem for another name, or a vocabulary that the tokenizer does not fit into.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    try:
+        known = KNOWN.get(str(name))
+        config = AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(name)
+    except Exception:               # as many types as in load_backbone
+        raise Problem(f"--random-weights: {name} is no config.json, no folder with one, and none "
+                      f"of {', '.join(KNOWN)}") from None
+    tokenizer = build_tokenizer(ENVIRONMENTS[task.split("-")[0]].phrases())
+    mark = "<|image|>"
+    if config.model_type in ("idefics3", "smolvlm"):        # names that their processor insists on
+        mark = "<image>"
+        tokenizer.add_special_tokens({"additional_special_tokens": [
+            mark, "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
+            *(f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5))]})
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|image|>", mark)
+    text, image = config.get_text_config(), tokenizer.convert_tokens_to_ids(mark)
+    if text.vocab_size < len(tokenizer):
+        raise Problem(f"--random-weights: {name} has a vocabulary of {text.vocab_size}, the small "
+                      f"tokenizer needs {len(tokenizer)}")
+    for key in ("image_token_index", "image_token_id"):
+        if hasattr(config, key):
+            setattr(config, key, image)
+    sees = getattr(config, "vision_config", None) is not None
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        model = kind.from_config(config, dtype=getattr(torch, dtype)).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    processor = true_processor(model, tokenizer, mark) if sees else None
+    backbone = wrap_backbone(model, tokenizer, name, processor)
+    return checkpointed(backbone) if grad_checkpoint else backbone
+
+
+def true_processor(model, tokenizer, mark):
+    """The picture processor of a model that has none in a file: its class's own defaults.
+
+    mark: the token that stands for a picture. Raises Problem for a class that is not known here.
+    """
+    import transformers
+    from transformers.models.idefics3 import image_processing_pil_idefics3 as idefics3
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen2_vl
+    from transformers.models.siglip import image_processing_pil_siglip as siglip
+    config, eyes = model.config, model.config.vision_config
+    if config.model_type == "mllama":
+        return build_processor(model, tokenizer)
+    if mrope(model):
+        return Pictures(qwen2_vl.Qwen2VLImageProcessorPil(
+            patch_size=eyes.patch_size, merge_size=eyes.spatial_merge_size,
+            temporal_patch_size=eyes.temporal_patch_size), tokenizer.chat_template)
+    edge = eyes.image_size
+    if config.model_type in ("idefics3", "smolvlm"):
+        images = idefics3.Idefics3ImageProcessorPil(
+            size={"longest_edge": 4 * edge}, max_image_size={"longest_edge": edge})
+        return transformers.Idefics3Processor(
+            images, tokenizer, chat_template=tokenizer.chat_template,
+            image_seq_len=(edge // eyes.patch_size) ** 2 // config.scale_factor ** 2)
+    if config.model_type == "llava":
+        images = siglip.SiglipImageProcessorPil(size={"height": edge, "width": edge})
+        return transformers.LlavaProcessor(
+            images, tokenizer, patch_size=eyes.patch_size, image_token=mark,
+            chat_template=tokenizer.chat_template,
+            num_additional_image_tokens=int("clip" in eyes.model_type),     # CLIP's extra token
+            vision_feature_select_strategy=config.vision_feature_select_strategy)
+    raise Problem(f"--random-weights: pictures of {config.model_type} are not known here")
+
+
+def open_backbone(args, name=None):
+    """Load the model of a run, args.model or `name`, as its flags say. Returns a Backbone."""
+    name, device = name or args.model, pick_device(args.device)
+    if getattr(args, "random_weights", False):
+        return random_backbone(name, args.task, device, args.grad_checkpoint, args.dtype)
+    return load_backbone(name, device, args.grad_checkpoint, args.dtype)
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of multiplying large square matrices here: what nothing can be faster than."""
+    size = 8192 if device.type == "cuda" else 768
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(6):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()                    # reading one number waits for the GPU
+        best = min(best, time.perf_counter() - began)
+    return 2 * size ** 3 / best
+
+
+def report_costs(backbone, phases, whole):
+    """Print what a --dry-run has measured.
+
+    phases: {name: (seconds, tokens, FLOPs)}; whole: what the run took in all, in seconds. FLOPs are
+    those of the model (2 N a token forward, 4 N backward), without what checkpointing repeats and
+    without attention, which is small at these lengths.
+    """
+    device, dtype = backbone.device, backbone.model.dtype
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        import resource                     # not on Windows
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
+    rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else dtype)
+    size = sum(p.numel() for p in backbone.model.parameters())
+    print(f"dry run: {size:,} parameters in {dtype} on {device}, peak memory {peak / 1e9:.2f} GB, "
+          f"matrices multiply at {rate / 1e12:.2f} TFLOP/s")
+    for name, (seconds, tokens, flops) in phases.items():
+        print(f"  {name:9s} {seconds:8.1f} s {tokens / seconds:12,.0f} tokens/s "
+              f"{flops / seconds / rate:7.1%} of that rate")
+    print(f"  a whole run of these flags: about {whole / 60:,.0f} minutes. Nothing was written",
+          flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
 # The SFT run of a task
 # ------------------------------------------------------------------------------------------------
+
+# --preset paper: the flags of the paper's runs (appendix C, and its scripts) on one GPU: what eight
+# processed at once, one accumulates. Steps are 800,000 examples; for walks, and the starts of the
+# tasks in pictures, the paper says none: a guess.
+LARGE = {"model": "meta-llama/Llama-3.2-11B-Vision-Instruct", "dtype": "bfloat16",
+         "grad_checkpoint": True}
+PRESETS = {
+    task: LARGE | {"batch": 128}
+    | ({"steps": 6250, "start_step": 400, "save_every": 400} if task.startswith("gp") else
+       {"steps": 400, "start_step": 25, "save_every": 25})
+    | ({"lr": 5e-7, "micro_batch": 2, "picture_size": "1200x1200"} if task.endswith("vl") else
+       {"lr": 1e-6, "micro_batch": 4}) for task in TASKS}
 
 
 def picture_size(text):
@@ -1071,8 +1490,7 @@ def run_sft(args, folder, stop_at=None, report=None, backbone=None):
     of RL (stop_at = args.start_step) is to the last bit a point of the longer SFT run it is later
     compared with.
     """
-    backbone = backbone or load_backbone(args.model, pick_device(args.device),
-                                         args.grad_checkpoint)
+    backbone = backbone or open_backbone(args)
     freeze(backbone.model, args.freeze)
     options, name = game_options(args), args.task.split("-")[0]
     expert = ENVIRONMENTS[name].expert_conversation
@@ -1106,10 +1524,10 @@ def run_sft(args, folder, stop_at=None, report=None, backbone=None):
         return {f"{name}_nll": sft_loss(backbone, rows, args.micro_batch, backward=False)[0]
                 for name, rows in asked.items()}
 
-    every = args.save_every
+    warm, every = 0.03 if args.preset == "paper" else 0.01, args.save_every
     save_at = set(range(every, args.steps + 1, every)) | {args.start_step}
     save_at |= {s for s in (20, 40, 80, 150) if s < args.steps and every > 20}
-    return train(backbone, draw, folder, args.steps, args.lr, warmup=max(1, int(0.01 * args.steps)),
+    return train(backbone, draw, folder, args.steps, args.lr, warmup=max(1, int(warm * args.steps)),
                  save_at=save_at, micro_batch=args.micro_batch, resume=args.resume, probe=probe,
                  report=report, stop_at=stop_at, pictures=pictured(args.task))
 
@@ -1133,8 +1551,19 @@ def common_flags(parser, sft_defaults=True):
     group.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
     group.add_argument("--out", help="run folder (default runs/...)")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    group.add_argument("--grad-checkpoint", action="store_true",
+    group = parser.add_argument_group("large models")
+    group.add_argument("--preset", choices=("paper",), help="the paper's model and settings for "
+                       "the task; flags that are given win")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                       help="of the weights; bfloat16: 10 bytes a parameter in all instead of 16")
+    group.add_argument("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
                        help="recompute activations: less memory, more time, the same result")
+    group.add_argument("--freeze", choices=("none", "vision", "adapter"), help="what keeps its "
+                       "weights: the eyes, or the eyes and the projector (paper: Fig. 16)")
+    group.add_argument("--dry-run", action="store_true", help="one update; print its memory and "
+                       "speed and what the whole run will take; write nothing")
+    group.add_argument("--random-weights", action="store_true", help="with --dry-run: build the "
+                       "model from its configuration, nothing is downloaded")
 
 
 def data_flags(group):
@@ -1147,11 +1576,16 @@ def data_flags(group):
                        "in the same format (default: nine other generated cities)")
 
 
-def parse_flags(parser, by_task):
-    """Parse the command line. by_task: {task: {flag: default}}, where a task has its own."""
+def parse_flags(parser, by_task, presets=None):
+    """Parse the command line. by_task: {task: {flag: default}}, where a task has its own.
+
+    presets: the same for --preset.
+    """
     # Twice: which defaults hold is known once --task is read. A flag that is given beats them all.
-    task = parser.parse_known_args()[0].task
-    parser.set_defaults(**by_task.get(task, {}))
+    first = parser.parse_known_args()[0]
+    parser.set_defaults(**by_task.get(first.task, {}))
+    if getattr(first, "preset", None):
+        parser.set_defaults(**presets[first.task])
     return parser.parse_args()
 
 
@@ -1185,10 +1619,32 @@ def check_flags(args, at_least_one=()):
             raise Problem(f"{flag} {value}: must be a number of 0 or more, below 2**31")
         if name in at_least_one and value is not None and value < 1:
             raise Problem(f"{flag} {value}: must be at least 1")
+    if getattr(args, "random_weights", False) and not args.dry_run:
+        raise Problem("--random-weights goes with --dry-run: there is nothing to learn from noise")
     picture_size(args.picture_size)
     check_routes(args)
     if args.threads:
         torch.set_num_threads(args.threads)
+
+
+def dry_run(backbone, args):
+    """Two optimiser steps of a run, the second one timed; print what the run would cost."""
+    rng, expert = np.random.default_rng(0), ENVIRONMENTS[args.task.split("-")[0]]
+    rows = [encode(backbone, expert.expert_conversation(rng, split=args.split,
+                                                        **game_options(args)))
+            for _ in range(args.batch)]
+    parameters = [p for p in backbone.model.parameters() if p.requires_grad]
+    optimizer = adamw([{"params": parameters, "lr": args.lr}], (0.9, 0.98))
+    for _ in range(2):              # the first one also makes the optimiser's state
+        began = time.time()
+        _, fed = sft_loss(backbone, rows, args.micro_batch)
+        take_step(backbone, optimizer, [torch.nn.utils.clip_grad_norm_(parameters, 1.0)])
+        if backbone.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.time() - began
+    size = task_parameters(backbone.model, pictured(args.task))
+    report_costs(backbone, {"step": (seconds, fed, 6 * size * fed)},
+                 seconds * (args.stop_step or args.steps))
 
 
 def flags_again(args):
@@ -1203,7 +1659,8 @@ def open_run(folder, args, kind):
     folder = pathlib.Path(folder)
     if folder.exists() and not folder.is_dir():
         raise Problem(f"--out {folder}: that is a file, not a folder")
-    free = ("resume", "out", "threads", "device", "stop_step", "micro_batch", "grad_checkpoint")
+    free = ("resume", "out", "threads", "device", "stop_step", "micro_batch", "grad_checkpoint",
+            "dry_run", "random_weights")
     # ... these change no result; with any other flag changed, --resume would mix two runs
     settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in free}
     if HERE in pathlib.Path(args.model).parents:        # the same run, wherever the project lies
@@ -1217,7 +1674,9 @@ def open_run(folder, args, kind):
             before = json.loads(known.read_text())
         except ValueError:
             raise Problem(f"{known} is damaged: give another --out") from None
-        changed = sorted(k for k in settings if before.get(k) != settings[k])
+        # a key that is not there is a flag that did not exist then
+        changed = sorted(k for k in settings if (k in before or k == "kind")
+                         and before.get(k) != settings[k])
         if changed:
             raise Problem(f"--resume: {folder} was started with another --"
                           f"{changed[0].replace('_', '-')} ({before.get(changed[0])}, now "
@@ -1237,9 +1696,7 @@ def main():
     sft_flags(parser)
     parser.add_argument("--micro-batch", type=int, default=64,
                         help="examples in memory at once; does not change the result")
-    parser.add_argument("--freeze", choices=("none", "vision", "adapter"), help="-vl: what keeps "
-                        "its weights: the eyes, or the eyes and the projector (paper: Fig. 16)")
-    parser.add_argument("--drop-pictures", action="store_true", help="-vl: train on the words alone, "
+    parser.add_argument("--drop-pictures", action="store_true", help="-vl: train on words alone, "
                         "as the collator of the paper's released code seems to do by mistake")
     parser.add_argument("--stop-step", type=int, help="end here, on the schedule of --steps; "
                         "--resume with a later one, or without, goes on")
@@ -1248,7 +1705,7 @@ def main():
                         "of gp to see, and stop")
     parser.add_argument("--build-steps", type=int, help="steps of --build (default 5000; gp-eyes: "
                         "750, after twice as many for the tower)")
-    args = parse_flags(parser, TASK_DEFAULTS)
+    args = parse_flags(parser, TASK_DEFAULTS, PRESETS)
     check_flags(args, at_least_one=("micro_batch", "batch", "save_every", "steps", "stop_step",
                                     "build_steps"))
     args.model = args.model or str(DEFAULT_MODEL[args.task])
@@ -1262,11 +1719,14 @@ def main():
                                   batch=64, lr=2e-3, resume=args.resume)
         print(f"built {made}")
         return
-    backbone = load_backbone(args.model, pick_device(args.device), args.grad_checkpoint)
+    backbone = open_backbone(args)
     check_sight(backbone, args.task, args.model)
     freeze(backbone.model, args.freeze)                 # before the run folder is claimed
     if args.drop_pictures and not pictured(args.task):
         raise Problem(f"--drop-pictures: {args.task} has none; add --task gp-vl or virl-vl")
+    if args.dry_run:
+        dry_run(backbone, args)
+        return
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
     print(f"SFT of {args.model} on {args.task}, seed {args.seed}, {args.steps} steps of "
           f"{args.batch} examples, into {folder}")

@@ -11,9 +11,14 @@ number of epochs and of optimiser steps.
 
 Both sample by chance, so their token counts differ a little: they are printed too.
 
+With --limits it asks instead how near the machine's limits the two inner loops come: a decode step
+against reading all weights once at the memory's speed, a training pass against multiplying
+matrices. That is of interest on a GPU with a large model; --random-weights needs no download.
+
     python tests/benchmark.py                                   256 episodes, the shipped backbone
     python tests/benchmark.py --episodes 32 --threads 1         a quick look
     python tests/benchmark.py --task gp-vl     which share of an update the pictures take
+    python tests/benchmark.py --limits --random-weights --model Qwen/Qwen2.5-0.5B-Instruct
 """
 
 import argparse
@@ -132,7 +137,7 @@ def one_update(backbone, args, play):
 
 
 def picture_path(backbone, args):
-    """Seconds that the pictures of one update take: {"draw", "preprocess", "look", "learn to look"}.
+    """Seconds spent on the pictures of one update: draw, preprocess, look, learn to look.
 
     Each is done alone and as often as in an update: every hand is drawn and preprocessed once, goes
     through eyes and projector in the sampler and in the scoring pass, and with its gradient once an
@@ -172,6 +177,49 @@ def time_pictures(backbone, args):
     return spent | {"whole": whole}
 
 
+@torch.no_grad()
+def decode_seconds(backbone, rows, prompt=128, new=32):
+    """Seconds of one decode step of `rows` conversations, mean of `new` after a prompt."""
+    ids = torch.full((rows, prompt), backbone.end_ids[0], device=backbone.device)
+    reader = evaluate.Reader(backbone, rows)
+    reader.read(ids, torch.ones_like(ids))
+    ids = ids[:, :1]
+    reader.read(ids, torch.ones_like(ids))
+    began = stopwatch(backbone.device)
+    for _ in range(new):
+        reader.read(ids, torch.ones_like(ids))
+    return (stopwatch(backbone.device) - began) / new
+
+
+def copy_rate(device):
+    """Bytes a second that go through memory when a large tensor is copied: read and written."""
+    source = torch.ones(2 ** (28 if device.type == "cuda" else 24), device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(5):
+        began = stopwatch(device)
+        target.copy_(source)
+        best = min(best, stopwatch(device) - began)
+    return 2 * source.numel() * source.element_size() / best
+
+
+def limits(backbone, rows=32):
+    """Print how near decoding comes to the memory's speed, and training to the matrices'."""
+    device, model = backbone.device, backbone.model
+    size = sft.task_parameters(model)
+    floor = size * model.dtype.itemsize / copy_rate(device)
+    step = decode_seconds(backbone, rows)
+    print(f"decode step of {rows} rows: {step * 1e3:.1f} ms, {step / floor:.1f} times the "
+          f"{floor * 1e3:.1f} ms of reading {size:,} weights once")
+    batch = [([backbone.end_ids[0]] * 512, [0] * 448 + [1] * 64)] * rows
+    for _ in range(2):                          # the first pass also pays for memory
+        began = stopwatch(device)
+        _, fed = sft.sft_loss(backbone, batch, micro_batch=8)
+        seconds = stopwatch(device) - began
+    rate = sft.matrix_rate(device, torch.bfloat16 if device.type == "cuda" else model.dtype)
+    print(f"forward and backward: {fed / seconds:,.0f} tokens/s, "
+          f"{6 * size * fed / seconds / rate:.0%} of the rate of multiplying matrices")
+
+
 def main():
     """Time both, print a table."""
     parser = argparse.ArgumentParser(description="Time one PPO update, cached against naive.")
@@ -183,6 +231,9 @@ def main():
                         "model of its size if there is none)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--out", help="JSON file for the numbers")
+    parser.add_argument("--limits", action="store_true", help="measure the inner loops instead")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--random-weights", action="store_true", help="with --limits")
     asked = parser.parse_args()
     if asked.episodes < 1 or asked.threads < 0:
         raise sft.Problem("--episodes must be at least 1, --threads at least 0")
@@ -190,6 +241,10 @@ def main():
         torch.set_num_threads(asked.threads)
     device = sft.pick_device(asked.device)
     name = asked.model or str(sft.DEFAULT_MODEL["gp-l"])
+    if asked.limits:
+        make = sft.random_backbone if asked.random_weights else sft.load_backbone
+        how = {"task": "gp-l"} if asked.random_weights else {}
+        return limits(make(name, device=device, dtype=asked.dtype, **how))
     if asked.model or pathlib.Path(name).exists():
         backbone = sft.load_backbone(name, device)
     else:

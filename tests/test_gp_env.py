@@ -500,7 +500,7 @@ def test_pictured_corpus_is_the_corpus_with_the_list_drawn(monkeypatch):
 
 
 def test_eyes_learn_on_training_hands_of_both_colours(monkeypatch):
-    """Held-out hands shown in the first lesson, a rank or suit missing, a picture of other cards."""
+    """Held-out hands in the first lesson, a rank or suit missing, a picture of other cards."""
     monkeypatch.setattr(gp_env, "draw_hand", lambda hand, seed, size: (hand, seed, size))
     made = gp_env.pictured_hands(np.random.default_rng(3), 400, (128, 64))
     assert made == gp_env.pictured_hands(np.random.default_rng(3), 400, (128, 64))

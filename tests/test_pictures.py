@@ -66,7 +66,34 @@ def idefics3(tokenizer):
                                     chat_template=tokenizer.chat_template)
 
 
-CLASSES = {"llava": llava, "idefics3": idefics3}
+def smolvlm(tokenizer):
+    """SmolVLM: Idefics3 under its own name."""
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+    made, processor = idefics3(tokenizer)
+    values = {key: value for key, value in made.config.to_dict().items() if key != "model_type"}
+    values["vision_config"].pop("model_type")
+    model = SmolVLMForConditionalGeneration(SmolVLMConfig(**values))
+    return model, processor
+
+
+def qwen2_5_vl(tokenizer):
+    """Qwen2.5-VL: positions in three dimensions, and all patches of a batch in one matrix."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=TEXT | dict(vocab_size=len(tokenizer), rope_parameters={
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}),
+        vision_config=dict(hidden_size=32, out_hidden_size=32, depth=2, num_heads=2,
+                           intermediate_size=64, patch_size=8, spatial_merge_size=2,
+                           window_size=32, fullatt_block_indexes=[1]),
+        image_token_id=image, video_token_id=image + 3, vision_start_token_id=image + 1,
+        vision_end_token_id=image + 2))
+    images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, min_pixels=64 * 64)
+    return model, sft.Pictures(images, tokenizer.chat_template)
+
+
+CLASSES = {"llava": llava, "idefics3": idefics3, "smolvlm": smolvlm, "qwen2_5_vl": qwen2_5_vl}
 
 
 def build(kind):
@@ -192,7 +219,8 @@ def test_gradient_reaches_the_eyes_and_ignores_the_micro_batch(any_class):
     found = []
     for micro_batch in (5, 2):
         loss, _ = sft.sft_loss(any_class, rows, micro_batch)
-        eyes = [p.grad for name, p in any_class.model.named_parameters() if "vision" in name]
+        eyes = [p.grad for name, p in any_class.model.named_parameters()
+                    if "vision" in name or "visual" in name]
         assert sum(g is not None and bool(g.abs().max() > 0) for g in eyes) > len(eyes) // 2
         found.append((loss, gradients(any_class)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
@@ -270,8 +298,8 @@ def test_a_second_picture_is_refused(seeing):
 
 
 @pytest.mark.parametrize("what, parts", [
-    (None, ()), ("none", ()), ("vision", ("vision_",)),
-    ("adapter", ("vision_", "multi_modal_projector", "connector"))])
+    (None, ()), ("none", ()), ("vision", ("vision_", "visual.blocks", "visual.patch_embed")),
+    ("adapter", ("vision_", "visual.", "multi_modal_projector", "connector"))])
 def test_frozen_parts_get_no_gradient(any_class, what, parts):
     """Catches an ablation that freezes nothing, or more than it says."""
     sft.freeze(any_class.model, what)

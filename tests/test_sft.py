@@ -607,7 +607,7 @@ def run_settings(model, **changes):
         "task": "gp-l", "model": str(model), "split": "train", "seed": 0, "ood": False,
         "device": "cpu", "threads": 0, "grad_checkpoint": False, "micro_batch": 64, "steps": 4,
         "start_step": 2, "batch": 4, "lr": 1e-3, "save_every": 4, "resume": False, "freeze": None,
-        "drop_pictures": False}
+        "drop_pictures": False, "dtype": "float32", "preset": None}
         | changes)
 
 
