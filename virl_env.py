@@ -1226,6 +1226,9 @@ def backbone_conversations(rng, count, picture=None, cities=8):
     are drawn for each conversation; crossings and ends are as frequent as the long way between. A
     quarter revise: they open with a wrong try (learn=False: nobody should learn mistakes) and the
     verifier's message. picture: (width, height) of the 2 x 2 picture, or None for text.
+
+    In words the prompt is learnt, too, as all text is when a language model is pretrained: the walk
+    so far holds ten times as many observations and actions to predict as the answer.
     """
     return [_backbone_conversation(rng, open_atlas(f"wild-{rng.integers(cities)}"), picture)
             for _ in range(count)]
@@ -1258,7 +1261,7 @@ def _backbone_conversation(rng, atlas, picture):
     image = picture and four_views(*atlas.panorama(here.panorama), here.heading, picture)
     prompt = write_prompt(steps, space, past, here, bool(picture), pick(OTHER_PROMPTS), ask, keys,
                           history)
-    talk = [_turn("user", prompt, image=image)]
+    talk = [_turn("user", prompt, learn=image is None, image=image)]
     if rng.random() < 0.25:     # a wrong try: another action, sometimes what is seen elsewhere
         seen = pick(rail).observation if rng.random() < 0.3 else here.observation
         which, word = int(rng.integers(3)), pick(words)
