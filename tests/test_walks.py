@@ -367,7 +367,8 @@ def test_sft_shows_training_routes_under_the_training_rule(at_work, monkeypatch)
     caught = {}
     monkeypatch.setattr(sft, "train", lambda backbone, draw, *_, **__: caught.update(draw=draw))
     args = settings(task="virl-l", model="model", routes="town", device="cpu", steps=4,
-                    start_step=2, batch=4, save_every=4, resume=False, freeze=None)
+                    start_step=2, batch=4, save_every=4, resume=False, freeze=None,
+                    drop_pictures=False)
     sft.run_sft(args, at_work / "run")
     assert {how["split"] for how in asked} == {"val"}
     asked.clear()
