@@ -1085,8 +1085,8 @@ def repeating(pieces):
     """A corpus for `in_blocks` in which the answer says again what was said: random pieces of text.
 
     Copying from the prompt is most of what a walk asks for, and a small transformer finds it late
-    and all at once (Olsson et al. 2022, induction heads). Pure repetition gets it there in a few
-    minutes: the loss stays near that of guessing for 500 steps, and is gone at step 600.
+    and rather suddenly (Olsson et al. 2022, induction heads). Repetition gets it there in a few
+    minutes: the mean loss is 4.9 in steps 131-260, 1.0 in steps 391-520, 0.4 in steps 651-780.
     """
     def corpus(rng, count):
         said = ["".join(pieces[i] for i in rng.integers(len(pieces), size=rng.integers(6, 33)))

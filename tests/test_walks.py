@@ -432,3 +432,23 @@ def test_backbone_of_walks_is_built_from_its_seed(monkeypatch, tmp_path):
     assert first == second and [p.name for p in (tmp_path / "backbones").iterdir()] == ["virl"]
     made = sft.load_backbone(tmp_path / "backbones" / "virl")
     assert len(made.tokenizer(" o'clock")["input_ids"]) > 0 and made.processor is None
+
+
+def test_first_lesson_of_walks_is_to_repeat():
+    """Catches a lesson whose answer is not in its question, or that never meets some pieces."""
+    pieces = [*virl_env.phrases(), *"0aZ"]
+    made = sft.repeating(pieces)(np.random.default_rng(0), 600)
+    said = "".join(question["content"] for question, _ in made)
+    assert len(made) == 600 and all(piece in said for piece in pieces)
+    for question, answer in made:
+        assert question["content"] == answer["content"] and len(question["content"]) >= 6
+        assert (question["learn"], answer["learn"]) == (False, True)
+
+
+def test_prompts_of_the_corpus_are_learnt_but_for_their_first_token(tiny):
+    """Catches a first token that is scored (nothing predicts it), and prompts that are left out."""
+    ids, mask = sft.encode(tiny, virl_env.backbone_conversations(
+        np.random.default_rng(0), 1, cities=1)[0])
+    first = len(sft.user_ids(tiny, "", True)) - 1
+    assert mask[0] == 0 and mask[1:first + 1] == [1] * first and len(ids) == len(mask)
+    assert sum(mask) > len(mask) // 2
