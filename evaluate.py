@@ -47,7 +47,7 @@ import virl_env
 from sft import (DEFAULT_MODEL, OTHER_CITIES, TASKS, TRAINING_CITY, Metrics, Problem, check_flags,
                  check_sight, checkpoints, cross_states, crossing_layers, data_flags, guarded,
                  load_backbone, look, may_look, name_default, parse_flags, pick_device,
-                 picture_size, pictured, places, precision, read_lines, see, token_positions,
+                 picture_options, pictured, places, precision, read_lines, see, token_positions,
                  user_ids, write_json)
 from verifier import MAX_ANSWER, read_answer
 
@@ -438,15 +438,17 @@ def wilson(hits, count, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def cell_environments(cell, split, count, task="gp-l", size=None,
+def cell_environments(cell, split, count, task="gp-l", shown=None,
                       where=(TRAINING_CITY, OTHER_CITIES)):
     """Environments and seeds of one cell. The hands depend on (cell, split, count) alone.
 
-    task: whose cell it is. size: of the pictures, (width, height) in pixels. where: V-IRL's
-    training place, and its other places, which take turns.
+    task: whose cell it is. shown: how its pictures are shown (sft.picture_options), None for as
+    small as the small backbone sees. where: V-IRL's training place, and its other places, which
+    take turns.
     """
     how = {"split": split} | TASK_CELLS[task][cell]
-    how |= {"picture": size} if pictured(task) else {}
+    if pictured(task):
+        how |= shown or {"picture": gp_env.PICTURE_SIZE}
     turns = [{}]
     if task.startswith("virl"):
         turns = [{"where": place} for place in (where[1] if how.pop("elsewhere", 0) else where[:1])]
@@ -599,12 +601,12 @@ def measure_places(episodes):
 
 
 def evaluate(backbone, cells, splits, count, temperature=0.6, batch=256, max_new_tokens=48,
-             quiet=False, task="gp-l", size=None, where=(TRAINING_CITY, OTHER_CITIES)):
+             quiet=False, task="gp-l", shown=None, where=(TRAINING_CITY, OTHER_CITIES)):
     """Play `count` hands or walks of each cell and split.
 
     Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes, ...}).
 
-    batch: episodes played together; it changes speed, not results (up to rounding). task, size,
+    batch: episodes played together; it changes speed, not results (up to rounding). task, shown,
     where: see `cell_environments`.
     """
     results, kept = {}, {}
@@ -616,7 +618,7 @@ def evaluate(backbone, cells, splits, count, temperature=0.6, batch=256, max_new
     bar = tqdm(total=len(names) * count, desc="evaluate", unit="episode", leave=False,
                disable=quiet or not sys.stderr.isatty(), dynamic_ncols=True)
     for cell, split in names:
-        envs, seeds = cell_environments(cell, split, count, task, size, where)
+        envs, seeds = cell_environments(cell, split, count, task, shown, where)
         episodes = []
         for start in range(0, count, batch):
             generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
@@ -1049,7 +1051,7 @@ def evaluate_run(args, cells, splits, device):
         check_sight(backbone, args.task, folder)
         results, _ = evaluate(backbone, cells, splits, args.hands, args.temperature, args.batch,
                               args.max_new_tokens, task=args.task,
-                              size=picture_size(args.picture_size), where=places(args))
+                              shown=picture_options(args), where=places(args))
         print(f"step {step}")
         show(results)
         spent = spent_at.get(step, 0)               # SFT: the paper's formula is what was spent
@@ -1124,7 +1126,7 @@ def main():
     print(f"{name} on {args.task}: {args.hands} episodes a cell, temperature {args.temperature:g}")
     results, episodes = evaluate(backbone, cells, args.splits, args.hands, args.temperature,
                                  args.batch, args.max_new_tokens, task=args.task,
-                                 size=picture_size(args.picture_size), where=places(args))
+                                 shown=picture_options(args), where=places(args))
     show(results)
     for cell, m in results.items():
         kinds = ", ".join(f"{kind} {rate:.1%}" for kind, rate in m["errors"].items())

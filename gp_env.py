@@ -636,6 +636,18 @@ def pictured_hands(rng, count, picture):
     return made
 
 
+# What the eyes are asked of each quarter of a picture, four columns: (question, number of answers,
+# weight of its loss).
+EYE_QUESTIONS, EYE_COLUMNS = (("rank", 13, 1.0), ("suit", 4, 0.3)), True
+
+
+def eye_lesson(rng, count, picture):
+    """`pictured_hands` as questions: [(image, (rank, suit) of each of the four quarters)]."""
+    return [(image, [(RANKS.index(card), SUITS["all"].index(suit))
+                     for card, suit in zip(hand.cards, hand.suits)])
+            for hand, image in pictured_hands(rng, count, picture)]
+
+
 def pictured_conversations(rng, count, picture):
     """The backbone's corpus, seen instead of read: `count` conversations with a picture each.
 
@@ -658,7 +670,7 @@ def pictured_conversations(rng, count, picture):
 
 
 def reading_conversation(rng, suits, picture):
-    """To measure how a backbone reads: (conversation about a pictured hand of val, the hand).
+    """To measure how a backbone reads: (conversation about a pictured hand of val, its cards).
 
     suits: a key of SUITS. Asked and answered in a notation of the corpus: "hand: A 10 K 3" first.
     """
@@ -667,7 +679,7 @@ def reading_conversation(rng, suits, picture):
     text = answer(hand, hand.numbers, solutions(hand.numbers)[0], template, *gaps)
     return [{"role": "user", "content": prompt(hand, ask=ask, pictured=True), "learn": False,
              "image": draw_hand(hand, int(rng.integers(2**31)), picture)},
-            {"role": "assistant", "content": text, "learn": True}], hand
+            {"role": "assistant", "content": text, "learn": True}], hand.cards
 
 
 def phrases():

@@ -497,10 +497,11 @@ def make_start(args, backbone):
         micro_batch=args.micro_batch, steps=args.sft_steps, start_step=args.sft_start_step,
         batch=args.sft_batch, lr=args.sft_lr, save_every=args.sft_save_every, resume=False,
         picture_size=args.picture_size, freeze=args.freeze, drop_pictures=False,
-        routes=args.routes, other_routes=args.other_routes, dtype=args.dtype, preset=args.preset)
+        routes=args.routes, other_routes=args.other_routes, dtype=args.dtype, preset=args.preset,
+        announce=args.announce)
     key = {k: v for k, v in vars(wanted).items() if v is not None and k in (
         "task", "model", "split", "seed", "steps", "start_step", "batch", "lr", "picture_size",
-        "routes", "dtype", "freeze", "preset")}
+        "routes", "dtype", "freeze", "preset", "announce")}
     folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}"
     path = folder / f"step-{args.sft_start_step:06d}"
     made = read_lines(folder / "made.jsonl")        # written last: without it, a kill came first
@@ -671,7 +672,7 @@ def run(args):
         results, _ = evaluate(backbone, cells, ["train", args.eval_split], hands,
                               args.eval_temperature, args.sample_batch or 256,
                               args.max_new_tokens, task=args.task,
-                              size=sft.picture_size(args.picture_size), where=sft.places(args))
+                              shown=sft.picture_options(args), where=sft.places(args))
         measured.write({"step": step, "hands": hands} | compute(args.task, size, counts)
                        | {"cells": results})
         tqdm.write(f"after update {step}, {hands} episodes a cell ({time.time() - at:.0f} s):")

@@ -23,7 +23,8 @@ The same loop, on broader text, also builds the small backbone that ships with t
     python sft.py --task virl-l --ood          # walks (build their backbone first, see below)
     python sft.py --build gp                   # rebuild backbones/gp from nothing
     python sft.py --build gp-eyes              # then teach it to see, its text weights frozen
-    python sft.py --build virl                 # the same for walks, into backbones/virl
+    python sft.py --build virl                 # the same for walks, into backbones/virl, ...
+    python sft.py --build virl-eyes            # ... and for street views
     python sft.py --preset paper               # Llama-3.2-11B-Vision on a GPU of 141 GB
 
 Read before: gp_env.py, virl_env.py. Read next: evaluate.py.
@@ -247,7 +248,7 @@ def load_processor(name, local, config):
     files = ("processor_config.json", "preprocessor_config.json")
     if local and not any((pathlib.Path(name) / file).exists() for file in files):
         return None, ("it has eyes, but was never trained to see (no processor_config.json); "
-                      "python sft.py --build gp-eyes teaches backbones/gp")
+                      "python sft.py --build gp-eyes (or virl-eyes) teaches the small backbone")
     try:
         if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
             return Pictures(AutoImageProcessor.from_pretrained(name, backend="pil",
@@ -1096,27 +1097,34 @@ def repeating(pieces):
     return corpus
 
 
-# How the small backbones are built: optimiser steps, those of them that only repeat, batch.
-BUILDS = {"gp": {"steps": 5000, "repeat": 0, "batch": 64},
-          "virl": {"steps": 2600, "repeat": 800, "batch": 32}}
+# How the small backbones are built: optimiser steps in all, those of them that only repeat, those
+# that recall lines of the prompt; batch.
+BUILDS = {"gp": {"steps": 5000, "repeat": 0, "recall": 0, "batch": 64},
+          "virl": {"steps": 2600, "repeat": 600, "recall": 400, "batch": 32}}
 
 
-def build_backbone(name, folder, seed, steps, lr, resume, repeat=0, batch=64):
+def build_backbone(name, folder, seed, steps, lr, resume, repeat=0, recall=0, batch=64):
     """Pretrain a small backbone on its environment's broad corpus, deterministic from the seed.
 
     name: a key of ENVIRONMENTS. Each has a vocabulary of its own: a fixed piece of a prompt is one
     token only where the tokenizer has met it, and on a laptop short prompts decide what can be
-    done. repeat: the first steps, before the corpus (`repeating`). Returns the folder of the
-    backbone, backbones/NAME.
+    done. repeat, recall: steps of two lessons before the corpus (`repeating`, and the environment's
+    recall_conversations). Returns the folder of the backbone, backbones/NAME.
     """
     environment = ENVIRONMENTS[name]
     tokenizer = build_tokenizer(environment.phrases())
     backbone = wrap_backbone(build_model(tokenizer, seed).eval(), tokenizer)
-    first = in_blocks(repeating([*environment.phrases(), *string.printable]), [seed, 7], batch)
-    corpus = in_blocks(environment.backbone_conversations, [seed, 1], batch)
+    lessons = [(repeat, repeating([*environment.phrases(), *string.printable]), 7),
+               (recall, getattr(environment, "recall_conversations", None), 8),
+               (steps, environment.backbone_conversations, 1)]
+    lessons = [(count, in_blocks(corpus, [seed, number], batch))
+               for count, corpus, number in lessons]
 
     def draw(step):
-        return first(step) if step < repeat else corpus(step - repeat)
+        for count, lesson in lessons:
+            if step < count:
+                return lesson(step)
+            step -= count
 
     save_at = set(range(0, steps, max(1, steps // 20)))
     began = time.time()
@@ -1158,98 +1166,110 @@ def new_eyes(reader, seed):
 
 
 @torch.no_grad()
-def cards_seen(backbone, suits, count=64):
-    """Share of single cards that are read right off pictures of held-out hands, in 0..1.
+def read_right(backbone, name, which, count=64):
+    """Share of what held-out pictures show that is read right, in 0..1.
 
-    Teacher-forced: each card's token, given the picture and the cards before it. suits: a key of
-    gp_env.SUITS. Only for the small backbone, where every card is one token.
+    name: a key of ENVIRONMENTS. which: a key of gp_env.SUITS, and single cards are counted; or a
+    city, and what stands in each of the four views. Teacher-forced: each word's token, given the
+    picture and the words before it. Only for the small backbone, where each is one token.
     """
     token = backbone.tokenizer.convert_tokens_to_ids
-    rows, wanted = [], []
+    rows, asked = [], []
     for i in range(count):
-        conversation, hand = gp_env.reading_conversation(np.random.default_rng([4, i]), suits,
-                                                         gp_env.PICTURE_SIZE)
+        conversation, words = ENVIRONMENTS[name].reading_conversation(
+            np.random.default_rng([4, i]), which, gp_env.PICTURE_SIZE)
         ids, mask, picture = encode(backbone, conversation)
-        first = ids.index(token(hand.cards[0]), mask.index(1))
-        cards = [first + 2 * k for k in range(4)]               # a space between any two
-        assert [ids[j] for j in cards] == [token(card) for card in hand.cards]
+        at = mask.index(1) - 1
+        for word in words:
+            at = ids.index(token(word), at + 1)
+            asked.append((i, at))
         rows.append((ids, picture))
-        wanted.append(cards)
     ids = pad([row[0] for row in rows]).to(backbone.device)
     lengths = torch.tensor([len(row[0]) for row in rows], device=backbone.device)
     hidden = trunk(backbone, ids, lengths, [row[1] for row in rows])                # (B, T, H)
-    at = torch.tensor(wanted, device=backbone.device)                               # (B, 4)
-    row = torch.arange(count, device=backbone.device)[:, None]
+    row, at = torch.tensor(asked, device=backbone.device).T                         # (M,) each
     guess = backbone.model.get_output_embeddings()(hidden[row, at - 1]).argmax(-1)
     return (guess == ids[row, at]).float().mean().item()
 
 
-def by_card(states):
-    """Patches of two tiles side by side -> those in the quarter of each of the four cards.
+def by_quarter(states, columns):
+    """Patches of two tiles side by side -> those of each quarter of the picture.
 
-    states (B, 2, side * side, H), a tile row by row -> (B, 4, side * side / 2, H).
+    states (B, 2, side * side, H), a tile row by row -> (B, 4, side * side / 2, H). columns: four
+    columns, as cards lie; else 2 x 2, as views do: upper left, lower left, upper right, lower right
+    (each tile holds two quarters, one beside or one above the other).
     """
     count, tiles, patches, size = states.shape
     side = math.isqrt(patches)
-    halves = states.reshape(count, tiles, side, 2, side // 2, size).transpose(2, 3)
-    return halves.reshape(count, 2 * tiles, patches // 2, size)
+    if columns:
+        states = states.reshape(count, tiles, side, 2, side // 2, size).transpose(2, 3)
+    return states.reshape(count, 2 * tiles, patches // 2, size)
 
 
-def pretrain_tower(backbone, seed, steps, batch=32, peak=3e-3, report=None):
-    """First lesson of the eyes, without a word: every patch names the card that it lies on.
+def pretrain_tower(backbone, name, seed, steps, batch=32, peak=3e-3, report=None):
+    """First lesson of the eyes, without a word: every patch names what its quarter shows.
 
     Taught through the language model alone, new eyes stay on a plateau for hundreds of steps: what
     they say is noise, so no layer listens, so nothing tells them to see better. That is why real
     vision-language models graft a tower that can see already (Llama 3.2's learnt from captions).
-    Here a linear head reads rank and suit of a card off each patch in its quarter of the picture.
-    Most of those patches show cloth or plain card: to answer, they must ask their neighbours, and
-    afterwards any of them can be asked. The head is thrown away.
+    Here a linear head answers the environment's EYE_QUESTIONS (rank and suit of a card; kind of
+    place in a view) off each patch of the quarter in question. Most of those patches show cloth,
+    plain card or sky: to answer, they must ask their neighbours, and afterwards any of them can be
+    asked. The head is thrown away.
 
-    steps: of `batch` pictures (gp_env.pictured_hands). report(line) is told how it goes.
+    name: a key of ENVIRONMENTS. steps: of `batch` pictures. report(line) is told how it goes.
     """
     tower, images = backbone.model.base_model.vision_model, backbone.processor.image_processor
-    ranks, suits = list(gp_env.RANKS), list(gp_env.SUITS["all"])
+    questions = ENVIRONMENTS[name].EYE_QUESTIONS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = torch.nn.Linear(tower.config.vision_output_dim, len(ranks) + len(suits))
+        head = torch.nn.Linear(tower.config.vision_output_dim, sum(n for _, n, _ in questions))
     parameters = [*tower.parameters(), *head.to(backbone.device).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), eps=1e-7,
                                   weight_decay=0.0, fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak, warmup=100, cooldown=int(0.4 * steps))
-        hands = gp_env.pictured_hands(np.random.default_rng([seed, 6, step]), batch,
-                                      gp_env.PICTURE_SIZE)
-        seen = images([[image] for _, image in hands], return_tensors="pt")
+        lesson = ENVIRONMENTS[name].eye_lesson(np.random.default_rng([seed, 6, step]), batch,
+                                               gp_env.PICTURE_SIZE)
+        seen = images([[image] for image, _ in lesson], return_tensors="pt")
         seen = {key: seen[key].to(backbone.device)
                 for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
         # a tile's first state is not of a patch
-        logits = head(by_card(tower(**seen).last_hidden_state[:, 0, :, 1:]))    # (B, 4, 32, 17)
-        asked = torch.tensor([[[ranks.index(card), suits.index(suit)] for card, suit in
-                               zip(hand.cards, hand.suits)] for hand, _ in hands])  # (B, 4, 2)
-        asked = asked.to(backbone.device)[:, :, None].expand(-1, -1, logits.shape[2], -1)
-        rank, suit = logits.split([len(ranks), len(suits)], dim=-1)
-        cross_entropy = torch.nn.functional.cross_entropy
-        loss = cross_entropy(rank.flatten(0, 2), asked[..., 0].flatten()) \
-            + 0.3 * cross_entropy(suit.flatten(0, 2), asked[..., 1].flatten())
+        patches = by_quarter(tower(**seen).last_hidden_state[:, 0, :, 1:],
+                             ENVIRONMENTS[name].EYE_COLUMNS)            # (B, 4, 32, 192)
+        truth = torch.tensor([answers for _, answers in lesson])        # (B, 4, questions)
+        truth = truth.to(backbone.device)[:, :, None].expand(-1, -1, patches.shape[2], -1)
+        loss, said = 0, []
+        for k, logits in enumerate(head(patches).split([n for _, n, _ in questions], dim=-1)):
+            loss = loss + questions[k][2] * torch.nn.functional.cross_entropy(
+                logits.flatten(0, 2), truth[..., k].flatten())
+            right = (logits.argmax(-1) == truth[..., k]).float().mean().item()
+            said.append(f"{questions[k][0]} {right:.1%}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if report and ((step + 1) % 100 == 0 or step + 1 == steps):
-            right = (rank.argmax(-1) == asked[..., 0]).float().mean().item()
-            report(f"tower {step + 1:6d}/{steps}  loss {loss.item():.4f}  patches that name "
-                   f"their card: {right:.1%}")
+            report(f"tower {step + 1:6d}/{steps}  loss {loss.item():.4f}  patches that know "
+                   f"their quarter: {', '.join(said)}")
 
 
-def build_eyes(folder, seed, steps, batch, lr, resume):
-    """Teach backbones/gp to see, in two lessons; deterministic from the seed.
+# How the eyes of a backbone are built: steps of the second lesson, and on what their reading is
+# watched meanwhile: the training look, and another.
+EYES = {"gp": {"steps": 750, "watch": ("black", "red")},
+        "virl": {"steps": 750, "watch": (TRAINING_CITY, "wild-99")}}
+
+
+def build_eyes(name, folder, seed, steps, batch, lr, resume):
+    """Teach backbones/NAME to see, in two lessons; deterministic from the seed.
 
     First the tower alone (`pretrain_tower`, twice as many steps, each a quarter of the work); then,
-    with tower and text frozen, the projector and the layers that look learn to ask it, on
-    gp_env.pictured_conversations. Returns the folder of the backbone, which is replaced at the end.
+    with tower and text frozen, the projector and the layers that look learn to ask it, on the
+    environment's pictured_conversations. Returns the folder of the backbone, which is replaced at
+    the end.
     """
-    bare, folder = HERE / "backbones" / "gp", pathlib.Path(folder)
+    bare, folder = HERE / "backbones" / name, pathlib.Path(folder)
     reader = load_backbone(bare)
     backbone = new_eyes(reader, seed)
     tower = backbone.model.base_model.vision_model
@@ -1257,20 +1277,22 @@ def build_eyes(folder, seed, steps, batch, lr, resume):
         learnt = load_backbone(folder / "tower").model.base_model.vision_model
         tower.load_state_dict(learnt.state_dict())
     else:
-        pretrain_tower(backbone, seed, 2 * steps, report=lambda line: print(line, flush=True))
+        pretrain_tower(backbone, name, seed, 2 * steps,
+                       report=lambda line: print(line, flush=True))
         save_checkpoint(folder / "tower", backbone)
     for parameter in tower.parameters():
         parameter.requires_grad_(False)
 
     def corpus(rng, count):
-        return gp_env.pictured_conversations(rng, count, gp_env.PICTURE_SIZE)
+        return ENVIRONMENTS[name].pictured_conversations(rng, count, gp_env.PICTURE_SIZE)
 
     def probe(backbone):
-        return {f"{suits}_cards": cards_seen(backbone, suits) for suits in ("black", "red")}
+        return {f"read_{which}": read_right(backbone, name, which)
+                for which in EYES[name]["watch"]}
 
     def report(row):
-        print(f"step {row['step']:6d}/{steps}  loss {row['loss']:.4f}  cards read: black "
-              f"{row['black_cards']:.1%}, red {row['red_cards']:.1%}  "
+        seen = ", ".join(f"{which} {row[f'read_{which}']:.1%}" for which in EYES[name]["watch"])
+        print(f"step {row['step']:6d}/{steps}  loss {row['loss']:.4f}  read right: {seen}  "
               f"{row['seconds'] / 60:.1f} min", flush=True)
 
     save_at = set(range(0, steps, max(1, steps // 20)))
@@ -1279,10 +1301,10 @@ def build_eyes(folder, seed, steps, batch, lr, resume):
                  cooldown=int(0.4 * steps), pictures=True)
     made, before = load_backbone(last), reader.model.state_dict()
     hidden = sight(made.model)
-    if not all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items()
-               if name not in hidden):
-        raise Problem("the text weights are not those of backbones/gp any more: it was replaced "
-                      "while this ran, or before --resume; start over")
+    if not all(torch.equal(value, before[key]) for key, value in made.model.state_dict().items()
+               if key not in hidden):
+        raise Problem(f"the text weights are not those of backbones/{name} any more: it was "
+                      "replaced while this ran, or before --resume; start over")
     clear_up(HERE / "backbones")
     save_checkpoint(bare, made)
     return bare
@@ -1469,9 +1491,15 @@ def game_options(args):
         options["where"] = places(args)[0]
     elif args.task == "gp-vl":
         options["suits"] = "black"
-    if pictured(args.task):
-        options["picture"] = picture_size(args.picture_size)
-    return options
+    return options | picture_options(args)
+
+
+def picture_options(args):
+    """How a task shows its pictures: arguments of its environment, none for a task in words."""
+    if not pictured(args.task):
+        return {}
+    return {"picture": picture_size(args.picture_size)} | (
+        {} if args.announce else {"announce": False})
 
 
 def places(args):
@@ -1598,6 +1626,9 @@ def data_flags(group):
     """The flags that only pictures, or only walks, need."""
     group.add_argument("--picture-size", metavar="WxH", help="-vl: pixels of a picture (default "
                        "128x64, what the small backbone sees; paper: 1200x1200)")
+    group.add_argument("--announce", action=argparse.BooleanOptionalAction, default=True,
+                       help="virl-vl: tell when the walker stands at an intersection, as the paper "
+                       "does; --no-announce leaves that to the eyes")
     group.add_argument("--routes", metavar="FOLDER", help="V-IRL: walk routes in the paper's "
                        f"released format (default: the generated city {TRAINING_CITY})")
     group.add_argument("--other-routes", metavar="FOLDER", help="V-IRL: routes of the visual OOD, "
@@ -1650,6 +1681,8 @@ def check_flags(args, at_least_one=()):
     if getattr(args, "random_weights", False) and not args.dry_run:
         raise Problem("--random-weights goes with --dry-run: there is nothing to learn from noise")
     picture_size(args.picture_size)
+    if not args.announce and args.task != "virl-vl":
+        raise Problem(f"--no-announce: {args.task} shows no streets; add --task virl-vl")
     check_routes(args)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -1679,7 +1712,8 @@ def flags_again(args):
     """What the next command has to repeat to be about the same task."""
     again = {"--task": args.task if args.task != "gp-l" else None, "--routes": args.routes,
              "--other-routes": args.other_routes, "--picture-size": args.picture_size}
-    return "".join(f" {flag} {value}" for flag, value in again.items() if value)
+    return "".join(f" {flag} {value}" for flag, value in again.items() if value) + (
+        "" if args.announce else " --no-announce")
 
 
 def open_run(folder, args, kind):
@@ -1728,24 +1762,25 @@ def main():
                         "as the collator of the paper's released code seems to do by mistake")
     parser.add_argument("--stop-step", type=int, help="end here, on the schedule of --steps; "
                         "--resume with a later one, or without, goes on")
-    parser.add_argument("--build", choices=(*ENVIRONMENTS, "gp-eyes"), help="pretrain the small "
-                        "backbone from nothing into backbones/gp or backbones/virl, or teach that "
-                        "of gp to see, and stop")
+    parser.add_argument("--build", choices=(*ENVIRONMENTS, *(f"{name}-eyes" for name in EYES)),
+                        help="pretrain the small backbone from nothing into backbones/gp or "
+                        "backbones/virl, or teach it to see, and stop")
     parser.add_argument("--build-steps", type=int, help="steps of --build (default 5000; virl: "
-                        "2600; gp-eyes: 750, after twice as many for the tower)")
+                        "2600; eyes: 750, after twice as many for the tower)")
     args = parse_flags(parser, TASK_DEFAULTS, PRESETS)
     check_flags(args, at_least_one=("micro_batch", "batch", "save_every", "steps", "stop_step",
                                     "build_steps"))
     args.model = args.model or str(DEFAULT_MODEL[args.task])
     if args.build:
         folder = args.out or f"runs/build-{args.build}"
-        if args.build == "gp-eyes":
-            made = build_eyes(folder, args.seed, args.build_steps or 750, batch=32, lr=3e-3,
-                              resume=args.resume)
+        name, _, eyes = args.build.partition("-")
+        if eyes:
+            made = build_eyes(name, folder, args.seed, args.build_steps or EYES[name]["steps"],
+                              batch=32, lr=3e-3, resume=args.resume)
         else:
-            how = dict(BUILDS[args.build])
+            how = dict(BUILDS[name])
             how["steps"] = args.build_steps or how["steps"]
-            made = build_backbone(args.build, folder, args.seed, lr=2e-3, resume=args.resume, **how)
+            made = build_backbone(name, folder, args.seed, lr=2e-3, resume=args.resume, **how)
         print(f"built {made}")
         return
     backbone = open_backbone(args)

@@ -316,7 +316,7 @@ class Atlas:
         # each panorama that a rail can visit: a route that does
         self.visited = {name: route.index for route in reversed(self.routes)
                         for name in route.panoramas + sum(route.between, ())}
-        self.panorama = functools.lru_cache(maxsize=256)(self._panorama)
+        self.panorama = functools.lru_cache(maxsize=32)(self._panorama)
         if pictures:        # now, rather than in the middle of a night of training
             for name in self.visited:
                 self._street_view(name, 2)
@@ -418,7 +418,7 @@ class Atlas:
     def _panorama(self, name):
         """(pixels (H, W, 3) uint8, rotation in degrees) of a panorama. Raises RouteProblem.
 
-        `panorama`, made above, is this with a memory of the last 256.
+        `panorama`, made above, is this with a memory of the last 32.
         """
         data, rotation = self._street_view(name)
         try:
@@ -582,22 +582,34 @@ def four_views(pixels, rotation, heading, size):
     return Image.fromarray(np.vstack([np.hstack([front, right]), np.hstack([back, left])]))
 
 
+@functools.lru_cache(maxsize=16384)
+def _known_views(atlas, name, heading, size):
+    return four_views(*atlas.panorama(name), heading, size)
+
+
+def look_around(atlas, name, heading, size):
+    """`four_views` of a panorama of an Atlas; small ones are kept, walks come by them often."""
+    seen = _known_views if size[0] * size[1] <= 2 ** 14 else _known_views.__wrapped__
+    return seen(atlas, name, heading, size)
+
+
 # ------------------------------------------------------------------------------------------------
 # 4 and 5. Prompt, expert, environment
 # ------------------------------------------------------------------------------------------------
 
 
 def write_prompt(steps, space, past, position, picture, template=PROMPT, ask=ASK, keys=KEYS,
-                 history=(PAST, NOW)):
+                 history=(PAST, NOW), announce=True):
     """The first user turn at a position.
 
     steps: from write_steps. space: the sentence on legal actions. past: [(observation, action)] of
     the positions before; as in the paper it tells what really was there and what the expert did.
-    picture: the present is to be seen in a picture, so it is not told (the intersection is).
+    picture: the present is to be seen in a picture, so it is not told; the intersection is, as in
+    the paper, unless `announce` is False.
     """
     seen = position.observation
     if picture:
-        seen = PICTURE + (CROSSING if position.observation.endswith(CROSSING) else "")
+        seen = PICTURE + (CROSSING if announce and seen.endswith(CROSSING) else "")
     walk = [history[0].format(k=k, seen=s, action=a) for k, (s, a) in enumerate(past, 1)]
     walk.append(history[1].format(k=len(past) + 1, seen=seen))
     return template.format(steps="".join(steps), view=VIEW if picture else "", space=space,
@@ -624,6 +636,8 @@ class Navigation:
     episode ends at the destination: accuracy by kind of action, not of the first turn alone (in the
     paper's setting a walk ends at the first position missed, and the first is always a turn).
     scoring_rule: the `fake` probe, as in gp_env.py: the prompt states `rule`, this one is scored.
+    announce: with pictures, tell when the walker stands at an intersection, as the paper does; a
+    walk can then be made with closed eyes, for all else is written in the steps.
     Raises RouteProblem for data that cannot be used.
 
     An observation is a dict: "text", the next user turn; "image", a PIL image or None;
@@ -631,11 +645,11 @@ class Navigation:
     """
 
     def __init__(self, where="Alder", rule="absolute", split="train", picture=None, tries=TRIES,
-                 go_on=False, scoring_rule=None, paper_bearings=False, drop=DROP):
+                 go_on=False, scoring_rule=None, paper_bearings=False, drop=DROP, announce=True):
         self.atlas = where if isinstance(where, Atlas) else open_atlas(where, picture is not None)
         self.vocabulary, self.scored = RULES[rule], RULES[scoring_rule or rule]
         self.picture, self.tries, self.go_on = picture, tries, go_on
-        self.paper_bearings, self.drop = paper_bearings, drop
+        self.paper_bearings, self.drop, self.announce = paper_bearings, drop, announce
         self.numbers = split_routes(len(self.atlas), split)
         self.rail = None
 
@@ -713,12 +727,12 @@ class Navigation:
 
     def look(self, position):
         """The picture at a position of the rail, a PIL image; None for text."""
-        return self.picture and four_views(*self.atlas.panorama(position.panorama),
-                                           position.heading, self.picture)
+        return self.picture and look_around(self.atlas, position.panorama, position.heading,
+                                            self.picture)
 
     def _arrive(self):
         text = write_prompt(self.steps, write_space(self.vocabulary), self.past, self.position,
-                            bool(self.picture))
+                            bool(self.picture), announce=self.announce)
         return {"text": text, "image": self.look(self.position), "new_conversation": True}
 
 
@@ -1219,26 +1233,46 @@ def _turn(role, content, learn=False, image=None):
     return turn if image is None else turn | {"image": image}
 
 
-def backbone_conversations(rng, count, picture=None, cities=8):
+def backbone_conversations(rng, count, cities=8):
     """`count` conversations of the backbone's corpus: broad, correct, and never in the task's form.
 
     Positions of walks through `cities` wild cities. Vocabulary, wording, moves, notation and keys
     are drawn for each conversation; crossings and ends are as frequent as the long way between. A
     quarter revise: they open with a wrong try (learn=False: nobody should learn mistakes) and the
-    verifier's message. picture: (width, height) of the 2 x 2 picture, or None for text.
+    verifier's message.
 
-    In words the prompt is learnt, too, as all text is when a language model is pretrained: the walk
-    so far holds ten times as many observations and actions to predict as the answer.
+    The prompt is learnt, too, as all text is when a language model is pretrained: the walk
+    so far holds ten times as many observations and actions to predict as the answer. One in five
+    sends its reader to a picture that is not there: what should be seen follows from the steps.
     """
-    return [_backbone_conversation(rng, open_atlas(f"wild-{rng.integers(cities)}"), picture)
+    return [_backbone_conversation(rng, open_atlas(f"wild-{rng.integers(cities)}"), None)
             for _ in range(count)]
 
 
-def _backbone_conversation(rng, atlas, picture):
+def recall_conversations(rng, count, cities=8):
+    """A lesson before the corpus: the steps of a walk, and up to six of them again, in any order.
+
+    Which line has this number, and what does it say? The whole task leans on that skill. Apart it
+    is learnt in 300 batches of 32; inside the corpus not in 900.
+    """
+    made = []
+    for _ in range(count):
+        routes = open_atlas(f"wild-{rng.integers(cities)}").routes
+        on, arrive = OTHER_ONS[rng.integers(len(OTHER_ONS))]
+        turn = (TURN, *OTHER_TURNS)[rng.integers(1 + len(OTHER_TURNS))]
+        steps = write_steps(routes[rng.integers(len(routes))], int(rng.integers(360)), turn=turn,
+                            on=on, arrive=arrive)
+        again = [steps[i] for i in rng.permutation(len(steps))[:6]]
+        made.append([_turn("user", "".join(steps)),
+                     _turn("assistant", "".join(again), learn=True)])
+    return made
+
+
+def _backbone_conversation(rng, atlas, picture, routes=None):
     def pick(options):
         return options[rng.integers(len(options))]
 
-    route, heading = pick(atlas.routes), int(rng.integers(360))
+    route, heading = pick(atlas.routes[:routes]), int(rng.integers(360))
     rail = lay_rail(route, heading, rng)
     at = int(rng.integers(len(rail)))
     if rng.random() < 0.5:
@@ -1258,9 +1292,12 @@ def _backbone_conversation(rng, atlas, picture):
     def say(seen, action):
         return write_answer(seen, steps[here.step].strip(), action, notation, keys)
 
-    image = picture and four_views(*atlas.panorama(here.panorama), here.heading, picture)
-    prompt = write_prompt(steps, space, past, here, bool(picture), pick(OTHER_PROMPTS), ask, keys,
-                          history)
+    image = picture and look_around(atlas, here.panorama, here.heading, picture)
+    shown = picture is not None or rng.random() < 0.2
+    # Half of the pictures have to tell by themselves whether this is an intersection.
+    announce = picture is None or rng.random() < 0.5
+    prompt = write_prompt(steps, space, past, here, shown, pick(OTHER_PROMPTS), ask, keys, history,
+                          announce)
     talk = [_turn("user", prompt, learn=image is None, image=image)]
     if rng.random() < 0.25:     # a wrong try: another action, sometimes what is seen elsewhere
         seen = pick(rail).observation if rng.random() < 0.3 else here.observation
@@ -1272,6 +1309,82 @@ def _backbone_conversation(rng, atlas, picture):
                      _turn("user", RETRY.format(message=verdict.message))]
     action = right_action(route, here, vocabulary, moves=moves)
     return talk + [_turn("assistant", say(here.observation, action), learn=True)]
+
+
+# What the eyes are asked of each view (sft.pretrain_tower): (question, number of answers, weight of
+# its loss). The nearest place in sight, its kind or none; is this an intersection?
+EYE_QUESTIONS, EYE_COLUMNS = (("place", len(PLACE_KINDS) + 1, 1.0), ("intersection", 2, 0.5)), False
+EYE_CITIES, EYE_ROUTES = 24, 30     # wild cities that eyes learn on, and routes of each: a panorama
+                                    # takes 0.1 s to draw, and few from many cities show more
+
+
+def _glimpse(rng, where, numbers, picture):
+    """A picture from a walk, and the truth about it.
+
+    where: a generated city. numbers: of its routes. Three pictures in ten turn to any heading, as
+    a walker does at the start. Returns (image, {side: kind of place or None}, at a crossing).
+    """
+    atlas, city = open_atlas(where), build_city(where)
+    route = atlas.routes[numbers[rng.integers(len(numbers))]]
+    rail = lay_rail(route, int(rng.integers(360)), rng)
+    here = rail[rng.integers(len(rail))]
+    if rng.random() < 0.3:
+        here = [place for place in rail if place.kind != "forward"][rng.integers(
+            len(route.headings) + 1)]
+    heading = int(rng.integers(360)) if rng.random() < 0.3 else here.heading
+    spot = int(here.panorama.rsplit("-", 1)[1])
+    kinds = dict.fromkeys(side for side, _ in SIDES)
+    for _, bearing, place in reversed(city.in_sight(city.spots[spot], SIGHT)):
+        kinds[SIDES[round(bend(heading, bearing) / 90) % 4][0]] = place.kind
+    crossing = spot < len(city.corners) and len(city.near[spot]) > 2
+    return look_around(atlas, here.panorama, heading, picture), kinds, crossing
+
+
+def eye_lesson(rng, count, picture):
+    """What the eyes learn to see on: [(image, (place, crossing) of each of the four views)].
+
+    The views as two tiles hold them: front, back, right, left. 0 is no place, 1 the first kind.
+    """
+    made = []
+    for _ in range(count):
+        image, kinds, crossing = _glimpse(rng, f"wild-{rng.integers(EYE_CITIES)}",
+                                          range(EYE_ROUTES), picture)
+        made.append((image, [(0 if kinds[side] is None else kinds[side] + 1, int(crossing))
+                             for side in ("front", "back", "right", "left")]))
+    return made
+
+
+def _name_views(image, kinds, crossing):
+    """A conversation about what the four views show, and the words of its answer that tell."""
+    words = [NOTHING if kind is None else f" {PLACE_KINDS[kind]}" for kind in kinds.values()]
+    said = ", ".join(f"{side} {word.strip()}" for side, word in zip(kinds, words))
+    said += CROSSING * crossing
+    return [_turn("user", f"{VIEW}Name them.", image=image),
+            _turn("assistant", said, learn=True)], [*words, CROSSING if crossing else "<|end|>"]
+
+
+def pictured_conversations(rng, count, picture):
+    """The backbone's corpus, seen instead of read: `count` conversations with a picture each.
+
+    A third name what the four views show; the others walk, as in `backbone_conversations`.
+    """
+    made = []
+    for _ in range(count):
+        where = f"wild-{rng.integers(EYE_CITIES)}"
+        if rng.random() < 1 / 3:
+            made.append(_name_views(*_glimpse(rng, where, range(EYE_ROUTES), picture))[0])
+        else:
+            made.append(_backbone_conversation(rng, open_atlas(where), picture, EYE_ROUTES))
+    return made
+
+
+def reading_conversation(rng, where, picture):
+    """To measure how a backbone sees: (conversation about the views on a walk of val, its words).
+
+    where: a generated city. The words: for each view a kind of place or NOTHING, then CROSSING or
+    the end.
+    """
+    return _name_views(*_glimpse(rng, where, split_routes(len(open_atlas(where)), "val"), picture))
 
 
 def phrases():

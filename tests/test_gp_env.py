@@ -505,7 +505,10 @@ def test_eyes_learn_on_training_hands_of_both_colours(monkeypatch):
     made = gp_env.pictured_hands(np.random.default_rng(3), 400, (128, 64))
     assert made == gp_env.pictured_hands(np.random.default_rng(3), 400, (128, 64))
     assert len(made) == 400 and len({image[1] for _, image in made}) > 390
-    for hand, image in made:
+    asked = gp_env.eye_lesson(np.random.default_rng(3), 400, (128, 64))
+    for (hand, image), (same, answers) in zip(made, asked, strict=True):
+        assert same == image and [(gp_env.RANKS[rank], gp_env.SUITS["all"][suit])
+                                  for rank, suit in answers] == list(zip(hand.cards, hand.suits))
         assert image[0] is hand and split_of(hand.cards) == "train"
         assert len(set(zip(hand.cards, hand.suits))) == 4, "the same card twice"
     assert {rank for hand, _ in made for rank in hand.cards} == set(gp_env.RANKS)
@@ -515,11 +518,17 @@ def test_eyes_learn_on_training_hands_of_both_colours(monkeypatch):
 
 
 @pytest.mark.parametrize("suits", ["black", "red"])
-def test_reading_is_asked_on_validation_hands_only(suits):
+def test_reading_is_asked_on_validation_hands_only(monkeypatch, suits):
     """Reading is measured on hands of training, or of test, which nobody may tune on."""
+    drawn, draw = [], gp_env.draw_hand
+    monkeypatch.setattr(gp_env, "draw_hand", lambda hand, *how: drawn.append(hand) or draw(hand,
+                                                                                           *how))
     for seed in range(20):
-        (question, answer), hand = gp_env.reading_conversation(np.random.default_rng(seed), suits,
-                                                               (128, 64))
+        drawn.clear()
+        (question, answer), cards = gp_env.reading_conversation(np.random.default_rng(seed), suits,
+                                                                (128, 64))
+        hand, = drawn
+        assert hand.cards == cards
         assert split_of(hand.cards) == "val" and set(hand.suits) <= set(gp_env.SUITS[suits])
         assert answer["content"].startswith(f"hand: {' '.join(hand.cards)}\n")
         assert gp_env.IN_PICTURE in question["content"] and question["image"].size == (128, 64)

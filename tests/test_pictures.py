@@ -326,9 +326,9 @@ def test_learning_to_see_changes_no_text(monkeypatch, tmp_path):
     """Catches text weights that move while the eyes learn: every result in text would be void."""
     shutil.copytree(sft.HERE / "backbones" / "gp", tmp_path / "backbones" / "gp")
     monkeypatch.setattr(sft, "HERE", tmp_path)
-    monkeypatch.setattr(sft, "cards_seen", lambda backbone, suits: 0.0)
+    monkeypatch.setattr(sft, "read_right", lambda backbone, name, which: 0.0)
     before = sft.load_backbone(tmp_path / "backbones" / "gp")
-    made = sft.build_eyes(tmp_path / "run", seed=1, steps=2, batch=3, lr=1e-2, resume=False)
+    made = sft.build_eyes("gp", tmp_path / "run", seed=1, steps=2, batch=3, lr=1e-2, resume=False)
     after = sft.load_backbone(made)
     own, first = sft.sight(after.model), before.model.state_dict()
     assert after.blind == "" and made == tmp_path / "backbones" / "gp"
@@ -340,25 +340,29 @@ def test_learning_to_see_changes_no_text(monkeypatch, tmp_path):
     # once more on top of it, killed before the second lesson: the same eyes, from the same seed
     shutil.copytree(tmp_path / "run" / "tower", tmp_path / "run2" / "tower")
     monkeypatch.setattr(sft, "pretrain_tower", None)
-    sft.build_eyes(tmp_path / "run2", seed=1, steps=2, batch=3, lr=1e-2, resume=True)
+    sft.build_eyes("gp", tmp_path / "run2", seed=1, steps=2, batch=3, lr=1e-2, resume=True)
     assert same(sft.load_backbone(made).model.state_dict(), after.model.state_dict())
 
 
-def test_patches_go_to_the_card_they_lie_on():
-    """Catches patches that are asked for their neighbour's card: the tower would learn mush."""
+@pytest.mark.parametrize("columns", [True, False])
+def test_patches_go_to_the_quarter_they_lie_in(columns):
+    """Catches patches that are asked for their neighbour's card or view: a tower of mush."""
     backbone = sft.new_eyes(sft.load_backbone(sft.DEFAULT_MODEL["gp-l"]), 0)
     shades = (0, 80, 160, 240)
-    picture = Image.new("RGB", SIZE)
+    picture, (width, height) = Image.new("RGB", SIZE), SIZE
     for i, shade in enumerate(shades):
-        picture.paste((shade,) * 3, (SIZE[0] // 4 * i, 0, SIZE[0] // 4 * (i + 1), SIZE[1]))
+        at = (width // 4 * i, 0, width // 4 * (i + 1), height) if columns else (
+            width // 2 * (i // 2), height // 2 * (i % 2), width // 2 * (i // 2 + 1),
+            height // 2 * (i % 2 + 1))
+        picture.paste((shade,) * 3, at)
     seen = backbone.processor.image_processor([[picture]], return_tensors="pt")["pixel_values"]
     tiles = seen[:, 0, :, 0]                                        # (1, 2, 64, 64), one channel
     size = backbone.model.config.vision_config.patch_size
     patches = tiles.unfold(2, size, size).unfold(3, size, size).reshape(1, 2, 64, size * size)
-    by_card = sft.by_card(patches)
-    assert by_card.shape == (1, 4, 32, size * size)
-    for card, shade in zip(by_card[0], shades):
-        assert torch.allclose(card, torch.tensor(shade / 127.5 - 1), atol=1e-5)
+    quarters = sft.by_quarter(patches, columns)
+    assert quarters.shape == (1, 4, 32, size * size)
+    for quarter, shade in zip(quarters[0], shades):
+        assert torch.allclose(quarter, torch.tensor(shade / 127.5 - 1), atol=1e-5)
 
 
 def test_tower_learns_by_itself_and_from_the_seed_alone():
@@ -370,7 +374,7 @@ def test_tower_learns_by_itself_and_from_the_seed_alone():
         before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
         torch.rand(3)
         state = torch.get_rng_state()
-        sft.pretrain_tower(backbone, seed=5, steps=3, batch=2, peak=1e-2, report=lines.append)
+        sft.pretrain_tower(backbone, "gp", seed=5, steps=3, batch=2, peak=1e-2, report=lines.append)
         assert torch.equal(state, torch.get_rng_state())
         moved = {name for name, value in backbone.model.state_dict().items()
                  if not torch.equal(value, before[name])}
@@ -395,7 +399,7 @@ def test_only_what_sees_learns():
 
 
 @pytest.mark.parametrize("shift, share", [(1, 1.0), (0, 0.0)])
-def test_cards_seen_asks_for_the_next_token(seeing, monkeypatch, shift, share):
+def test_reading_asks_for_the_next_token(seeing, monkeypatch, shift, share):
     """Catches a measure that is one token off: it would call a blind model a reader."""
     size = seeing.model.get_output_embeddings().weight.shape[0] + 8
 
@@ -404,7 +408,7 @@ def test_cards_seen_asks_for_the_next_token(seeing, monkeypatch, shift, share):
 
     monkeypatch.setattr(sft, "trunk", prophet)
     monkeypatch.setattr(seeing.model, "get_output_embeddings", torch.nn.Identity)
-    assert sft.cards_seen(seeing, "red", 8) == share
+    assert sft.read_right(seeing, "gp", "red", 8) == share
 
 
 # ------------------------------------------------------------------------------------------------
@@ -453,7 +457,7 @@ def test_the_shipped_backbone_reads_cards():
     assert shipped.blind == ""
     # 100 hands, 400 cards: three standard deviations of the rates asked for, 97 % and 90 %
     for suits, least in (("black", 0.97), ("red", 0.90)):
-        rate = sft.cards_seen(shipped, suits, 100)
+        rate = sft.read_right(shipped, "gp", suits, 100)
         assert rate > least - 3 * (least * (1 - least) / 400) ** 0.5, f"{suits}: {rate:.1%}"
 
 
@@ -470,7 +474,7 @@ def test_cells_of_pictures_are_what_they_say():
     ink = {"id": "black", "ood": "black", "visual": "red", "both": "red"}
     assert set(ink) == set(evaluate.PICTURE_CELLS)
     for cell, colour in ink.items():
-        envs, seeds = evaluate.cell_environments(cell, "test", 12, "gp-vl", SIZE)
+        envs, seeds = evaluate.cell_environments(cell, "test", 12, "gp-vl", {"picture": SIZE})
         hands = [env.reset(seed)[1]["hand"] for env, seed in zip(envs, seeds)]
         assert {suit for hand in hands for suit in hand.suits} == set(gp_env.SUITS[colour])
         rule = "face" if cell in ("ood", "both") else "ten"

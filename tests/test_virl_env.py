@@ -22,8 +22,8 @@ from PIL import Image
 
 import virl_env
 from verifier import verify_virl
-from virl_env import (CITIES, COMPASS, CROSSING, NOTHING, RELATIVE, RULES, VOCABULARIES, Atlas,
-                      Navigation, RouteProblem, backbone_conversations, bend, build_city,
+from virl_env import (CITIES, COMPASS, CROSSING, NOTHING, PICTURE, RELATIVE, RULES, VOCABULARIES,
+                      Atlas, Navigation, RouteProblem, backbone_conversations, bend, build_city,
                       city_files, draw_panorama, expert_conversation, folder_files, four_views,
                       lay_rail, open_atlas, relative_word, split_routes, view, write_city)
 
@@ -795,10 +795,142 @@ def test_the_backbone_corpus_is_varied_and_never_shows_the_ten_cities(corpus):
         assert all(look.seed != other.seed for other in CITIES.values())
 
 
-def test_backbone_pictures():
-    """The corpus for the street-view task has no pictures."""
-    talk, = backbone_conversations(np.random.default_rng(1), 1, picture=(64, 32), cities=1)
-    assert talk[0]["image"].size == (64, 32) and "four views" in talk[0]["content"]
+def test_recalled_lines_are_those_of_the_prompt():
+    """Lines that were not there, always in one order, or without their numbers."""
+    made = virl_env.recall_conversations(np.random.default_rng(0), 120, cities=2)
+    orders, first = set(), set()
+    for ask, answer in made:
+        lines, again = (turn["content"].splitlines(keepends=True) for turn in (ask, answer))
+        assert [int(line.partition(".")[0]) for line in lines] == list(range(1, len(lines) + 1))
+        assert len(again) == len(set(again)) == min(6, len(lines)) and set(again) <= set(lines)
+        assert not ask["learn"] and answer["learn"]
+        orders.add(tuple(lines.index(line) for line in again))
+        first.add(lines[0].split(" ")[1])
+    assert len(orders) > 100 and len(first) > 2         # both wordings and all their turns
+
+
+def test_the_backbone_corpus_sends_some_to_a_picture_that_is_not_there(corpus):
+    """The text weights, frozen when eyes are taught, have never read a prompt of the picture task."""
+    shown = [PICTURE in talk[0]["content"] for talk in corpus]
+    assert 0.15 < np.mean(shown) < 0.25 and not any("image" in talk[0] for talk in corpus)
+    for talk, there in zip(corpus, shown):
+        assert there == ("four views" in talk[0]["content"])
+        crossing = re.search(re.escape(PICTURE + CROSSING), talk[0]["content"])
+        answer = talk[-1]["content"]
+        if there and CROSSING in answer:
+            assert crossing, "what nobody can see is asked for"
+
+
+def true_views(atlas, city, panorama, heading):
+    """{side: kind of the nearest place within SIGHT in that quarter of the compass, or None}."""
+    spot = city.spots[atlas_index(panorama)]
+    found = {}
+    for metres_to, bearing, place in city.in_sight(spot, virl_env.SIGHT):
+        side = next(side for side, turn in virl_env.SIDES
+                    if abs(bend(bearing, heading + turn)) <= 45.01)
+        found.setdefault(side, place.kind)      # nearest first
+    return {side: found.get(side) for side, _ in virl_env.SIDES}
+
+
+def atlas_index(panorama):
+    return int(panorama.split("-")[-1])
+
+
+@pytest.fixture
+def glimpses(monkeypatch):
+    """What `look_around` was asked for; pictures are the number of the call."""
+    asked = []
+    monkeypatch.setattr(virl_env, "look_around", lambda atlas, name, heading, size:
+                        asked.append((atlas, name, heading)) or len(asked) - 1)
+    return asked
+
+
+def test_eyes_are_told_the_truth(glimpses):
+    """Places behind the walker, of another panorama or out of sight are called visible."""
+    lesson = virl_env.eye_lesson(np.random.default_rng(0), 150, (128, 64))
+    assert [image for image, _ in lesson] == list(range(150))
+    kinds, crossings = collections.Counter(), 0
+    for (atlas, name, heading), (_, answers) in zip(glimpses, lesson):
+        city = build_city(atlas.where)
+        true = true_views(atlas, city, name, heading)
+        assert [place - 1 if place else None for place, _ in answers] == [
+            true[side] for side in ("front", "back", "right", "left")]
+        crossing = atlas_index(name) < len(city.corners)
+        assert {c for _, c in answers} == {int(crossing)}
+        kinds.update(place for place, _ in answers)
+        crossings += crossing
+    assert set(kinds) == set(range(13)) and 45 < crossings < 110
+    assert len({atlas.where for atlas, _, _ in glimpses}) > 15
+    assert all(atlas.where.startswith("wild-") for atlas, _, _ in glimpses)
+
+
+def test_reading_names_what_the_views_show(glimpses):
+    """The answer names other places than the picture shows, or words that it does not hold."""
+    for seed in range(30):
+        (ask, answer), words = virl_env.reading_conversation(np.random.default_rng(seed), "Alder",
+                                                             (128, 64))
+        atlas, name, heading = glimpses[-1]
+        assert ask["image"] == len(glimpses) - 1 and ask["learn"] is False and answer["learn"]
+        true = true_views(atlas, build_city("Alder"), name, heading)
+        told = [f"{side} " + (NOTHING if kind is None else virl_env.PLACE_KINDS[kind])
+                for side, kind in true.items()]
+        assert answer["content"].removesuffix(CROSSING).split(", ") == told
+        assert (words[-1] == CROSSING) == answer["content"].endswith(CROSSING)
+        assert [word.strip() for word in words[:-1]] == [t.split(" ", 1)[1] for t in told]
+        routes = virl_env.split_routes(1000, "val")
+        assert any(name in atlas.route(i).panoramas + sum(atlas.route(i).between, ())
+                   for i in routes)
+
+
+def test_pictured_corpus_walks_and_names(glimpses):
+    """No reading, no walks, prompts that are learnt, or crossings that are always given away."""
+    talks = virl_env.pictured_conversations(np.random.default_rng(0), 300, (128, 64))
+    naming = [talk[0]["content"].endswith("Name them.") for talk in talks]
+    assert 0.25 < np.mean(naming) < 0.42
+    silent = announced = 0
+    for talk, name in zip(talks, naming):
+        assert "four views" in talk[0]["content"] and talk[0]["image"] is not None
+        assert not talk[0]["learn"] and talk[-1]["learn"]
+        if not name:
+            told = PICTURE + CROSSING in talk[0]["content"]
+            there = CROSSING in talk[-1]["content"]
+            announced += told and there
+            silent += there and not told
+            assert PICTURE in talk[0]["content"]
+    assert silent > 20 and announced > 20
+
+
+def test_an_intersection_can_be_kept_quiet():
+    """--no-announce tells all the same, or changes what is there."""
+    for seed in range(5):
+        loud, quiet = (Navigation("Brim", picture=(16, 16), split="all", announce=announce)
+                       for announce in (True, False))
+        texts = [env.reset(seed, position=2)[0]["text"] for env in (loud, quiet)]
+        assert texts[1] == texts[0].replace(PICTURE + CROSSING, PICTURE)
+        assert loud.expert_answer() == quiet.expert_answer()
+        assert [env.position for env in (loud, quiet)] == [loud.rail[2]] * 2
+    words = Navigation("Brim", split="all", announce=False)     # in words nothing is hidden
+    words.reset(0)
+    place = next(i for i, p in enumerate(words.rail) if p.kind == "later turn")
+    assert CROSSING in words.reset(0, position=place)[0]["text"].rsplit("[Walk so far]", 1)[1]
+
+
+def test_views_that_are_kept_are_the_views():
+    """A kept picture of another heading or panorama is shown, or large ones fill the memory."""
+    atlas = virl_env.open_atlas("Brim")
+    names = sorted(atlas.visited)[:2]
+    for _ in range(2):
+        for name in names:
+            for heading in (0, 90):
+                for size in ((32, 16), (256, 128)):
+                    shown = virl_env.look_around(atlas, name, heading, size)
+                    true = virl_env.four_views(*atlas.panorama(name), heading, size)
+                    assert shown.tobytes() == true.tobytes()
+    first, again = (virl_env.look_around(atlas, names[0], 0, size)
+                    for size in ((32, 16), (32, 16)))
+    assert first is again
+    assert virl_env.look_around(atlas, names[0], 0, (256, 128)) is not virl_env.look_around(
+        atlas, names[0], 0, (256, 128))
 
 
 def test_phrases_cover_the_prompts(corpus):

@@ -452,3 +452,27 @@ def test_prompts_of_the_corpus_are_learnt_but_for_their_first_token(tiny):
     first = len(sft.user_ids(tiny, "", True)) - 1
     assert mask[0] == 0 and mask[1:first + 1] == [1] * first and len(ids) == len(mask)
     assert sum(mask) > len(mask) // 2
+
+
+def test_lessons_follow_each_other(monkeypatch, tmp_path):
+    """Catches a lesson that is skipped, never ends, or does not begin with its first batch."""
+    class Enough(Exception):
+        """The data are all this asks for."""
+
+    drawn = {}
+
+    def train(backbone, draw, *others, **more):
+        for step in range(12):
+            ask, answer = (draw(step)[0][i]["content"] for i in (0, -1))
+            drawn[step] = ("repeat" if ask == answer else
+                           "recall" if ask.startswith("1. ") else "corpus")
+        raise Enough
+
+    monkeypatch.setattr(sft, "train", train)
+    for name in ("recall_conversations", "backbone_conversations"):
+        made = getattr(virl_env, name)
+        monkeypatch.setattr(virl_env, name,
+                            lambda rng, count, made=made: made(rng, count, cities=1))
+    with pytest.raises(Enough):
+        sft.build_backbone("virl", tmp_path, 0, 12, 1e-3, False, repeat=4, recall=3, batch=2)
+    assert list(drawn.values()) == ["repeat"] * 4 + ["recall"] * 3 + ["corpus"] * 5
