@@ -418,7 +418,7 @@ def test_defaults_are_those_of_the_task(monkeypatch):
         monkeypatch.setattr("sys.argv", ["rl.py", *flags])
         rl.main()
         assert (found["tries"], found["episodes"]) == (tries, episodes)
-        assert found["sft_lr"] == (3e-4 if flags else 1e-3)
+        assert found["sft_start_step"] == (12 if flags else 60)
 
 
 def test_backbone_of_walks_is_built_from_its_seed(monkeypatch, tmp_path):
