@@ -1257,19 +1257,19 @@ def pretrain_tower(backbone, name, seed, steps, batch=32, peak=3e-3, report=None
                    f"their quarter: {', '.join(said)}")
 
 
-# How the eyes of a backbone are built: steps of the second lesson, and on what their reading is
-# watched meanwhile: the training look, and another.
-EYES = {"gp": {"steps": 750, "watch": ("black", "red")},
-        "virl": {"steps": 750, "watch": (TRAINING_CITY, "wild-99")}}
+# How the eyes of a backbone are built: steps of the two lessons, and on what their reading is
+# watched meanwhile: the training look, and another. (A sign is smaller than a card, and takes
+# longer to find.)
+EYES = {"gp": {"tower": 1500, "steps": 750, "watch": ("black", "red")},
+        "virl": {"tower": 2500, "steps": 750, "watch": (TRAINING_CITY, "wild-99")}}
 
 
-def build_eyes(name, folder, seed, steps, batch, lr, resume):
+def build_eyes(name, folder, seed, tower_steps, steps, batch, lr, resume):
     """Teach backbones/NAME to see, in two lessons; deterministic from the seed.
 
-    First the tower alone (`pretrain_tower`, twice as many steps, each a quarter of the work); then,
-    with tower and text frozen, the projector and the layers that look learn to ask it, on the
-    environment's pictured_conversations. Returns the folder of the backbone, which is replaced at
-    the end.
+    First the tower alone (`pretrain_tower`, steps of a quarter of the work); then, with tower and
+    text frozen, the projector and the layers that look learn to ask it, on the environment's
+    pictured_conversations. Returns the folder of the backbone, which is replaced at the end.
     """
     bare, folder = HERE / "backbones" / name, pathlib.Path(folder)
     reader = load_backbone(bare)
@@ -1279,7 +1279,7 @@ def build_eyes(name, folder, seed, steps, batch, lr, resume):
         learnt = load_backbone(folder / "tower").model.base_model.vision_model
         tower.load_state_dict(learnt.state_dict())
     else:
-        pretrain_tower(backbone, name, seed, 2 * steps,
+        pretrain_tower(backbone, name, seed, tower_steps,
                        report=lambda line: print(line, flush=True))
         save_checkpoint(folder / "tower", backbone)
     for parameter in tower.parameters():
@@ -1768,7 +1768,7 @@ def main():
                         help="pretrain the small backbone from nothing into backbones/gp or "
                         "backbones/virl, or teach it to see, and stop")
     parser.add_argument("--build-steps", type=int, help="steps of --build (default 5000; virl: "
-                        "2600; eyes: 750, after twice as many for the tower)")
+                        "2600; eyes: 750, after those of the tower)")
     args = parse_flags(parser, TASK_DEFAULTS, PRESETS)
     check_flags(args, at_least_one=("micro_batch", "batch", "save_every", "steps", "stop_step",
                                     "build_steps"))
@@ -1777,8 +1777,9 @@ def main():
         folder = args.out or f"runs/build-{args.build}"
         name, _, eyes = args.build.partition("-")
         if eyes:
-            made = build_eyes(name, folder, args.seed, args.build_steps or EYES[name]["steps"],
-                              batch=32, lr=3e-3, resume=args.resume)
+            made = build_eyes(name, folder, args.seed, EYES[name]["tower"],
+                              args.build_steps or EYES[name]["steps"], batch=32, lr=3e-3,
+                              resume=args.resume)
         else:
             how = dict(BUILDS[name])
             how["steps"] = args.build_steps or how["steps"]

@@ -1154,7 +1154,7 @@ def draw_panorama(city, spot, width=512):
     # signs: boards that face the walker, far ones first; angle = atan(size / distance)
     for metres_to, bearing, place in reversed(city.in_sight(spot, 70)):
         sign = _sign(place.name, place.kind, city.look.sign)
-        wide, clear = 3.6 if sign.shape[0] == sign.shape[1] else 5.6, 0.5 ** (metres_to / haze)
+        wide, clear = 4.8 if sign.shape[0] == sign.shape[1] else 7.2, 0.5 ** (metres_to / haze)
         tall, apart = wide * sign.shape[0] / sign.shape[1], max(metres_to, 3)
         half = math.degrees(math.atan2(wide / 2, apart))
         left, right = (round((bearing + side * half) / 360 * width) for side in (-1, 1))
@@ -1314,7 +1314,7 @@ def _backbone_conversation(rng, atlas, picture, routes=None):
 # What the eyes are asked of each view (sft.pretrain_tower): (question, number of answers, weight of
 # its loss). The nearest place in sight, its kind or none; is this an intersection?
 EYE_QUESTIONS, EYE_COLUMNS = (("place", len(PLACE_KINDS) + 1, 1.0), ("intersection", 2, 0.5)), False
-EYE_CITIES, EYE_ROUTES = 24, 30     # wild cities that eyes learn on, and routes of each: a panorama
+EYE_CITIES, EYE_ROUTES = 24, 15     # wild cities that eyes learn on, and routes of each: a panorama
                                     # takes 0.1 s to draw, and few from many cities show more
 
 

@@ -328,7 +328,7 @@ def test_learning_to_see_changes_no_text(monkeypatch, tmp_path):
     monkeypatch.setattr(sft, "HERE", tmp_path)
     monkeypatch.setattr(sft, "read_right", lambda backbone, name, which: 0.0)
     before = sft.load_backbone(tmp_path / "backbones" / "gp")
-    made = sft.build_eyes("gp", tmp_path / "run", seed=1, steps=2, batch=3, lr=1e-2, resume=False)
+    made = sft.build_eyes("gp", tmp_path / "run", 1, 2, 2, batch=3, lr=1e-2, resume=False)
     after = sft.load_backbone(made)
     own, first = sft.sight(after.model), before.model.state_dict()
     assert after.blind == "" and made == tmp_path / "backbones" / "gp"
@@ -340,7 +340,7 @@ def test_learning_to_see_changes_no_text(monkeypatch, tmp_path):
     # once more on top of it, killed before the second lesson: the same eyes, from the same seed
     shutil.copytree(tmp_path / "run" / "tower", tmp_path / "run2" / "tower")
     monkeypatch.setattr(sft, "pretrain_tower", None)
-    sft.build_eyes("gp", tmp_path / "run2", seed=1, steps=2, batch=3, lr=1e-2, resume=True)
+    sft.build_eyes("gp", tmp_path / "run2", 1, 2, 2, batch=3, lr=1e-2, resume=True)
     assert same(sft.load_backbone(made).model.state_dict(), after.model.state_dict())
 
 

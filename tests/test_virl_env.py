@@ -657,7 +657,7 @@ def test_signs_stand_at_their_bearing_and_shrink_with_distance():
         columns = np.flatnonzero(np.abs(pixels - without).max((0, 2)) > 8)
         middle = np.degrees(np.angle(np.exp(2j * math.pi * (columns + 0.5) / 512).mean()))
         assert abs(bend(seen[0][1], middle)) < 1.5
-        wide = math.degrees(2 * math.atan(2.8 / seen[0][0]))
+        wide = math.degrees(2 * math.atan(3.6 / seen[0][0]))
         assert abs(len(columns) * 360 / 512 - wide) < 2
         checked += 1
     assert checked >= 4
