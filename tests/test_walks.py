@@ -222,6 +222,7 @@ def test_walks_are_measured_by_hand():
     assert found["kinds"]["every action"] == {"rate": 5 / 11, "count": 11,
                                               "interval": evaluate.wilson(5, 11)}
     assert (found["per_step_on"], found["steps_on"]) == (9 / 16, 16)
+    assert (found["turns"], found["turn_tries"]) == (3 / 9, 9)
     counts = {which: {kind: (round(k["rate"] * k["count"]), k["count"])
                       for kind, k in found[which].items()} for which in ("kinds", "kinds_on")}
     assert counts["kinds"] == {"every action": (5, 11), "first turn": (2, 5), "forward": (2, 3),
