@@ -18,6 +18,7 @@ matrices. That is of interest on a GPU with a large model; --random-weights need
     python tests/benchmark.py                                   256 episodes, the shipped backbone
     python tests/benchmark.py --episodes 32 --threads 1         a quick look
     python tests/benchmark.py --task gp-vl     which share of an update the pictures take
+    python tests/benchmark.py --walks          resets and walks a minute of V-IRL
     python tests/benchmark.py --limits --random-weights --model Qwen/Qwen2.5-0.5B-Instruct
 """
 
@@ -37,6 +38,7 @@ import evaluate  # noqa: E402
 import gp_env  # noqa: E402
 import rl  # noqa: E402
 import sft  # noqa: E402
+import virl_env  # noqa: E402
 
 
 def run_settings(episodes, task="gp-l"):
@@ -220,6 +222,24 @@ def limits(backbone, rows=32):
           f"{6 * size * fed / seconds / rate:.0%} of the rate of multiplying matrices")
 
 
+def time_walks(seconds=5):
+    """Resets and whole walks of the expert a minute, each answer verified (text, one thread)."""
+    env = virl_env.Navigation()
+    env.reset(0)                                # the first one also makes the city
+    began, walks, tries = time.time(), 0, 0
+    while time.time() - began < seconds:
+        env.reset(walks)
+        over = False
+        while not over:
+            *_, terminated, truncated, _ = env.step(env.expert_answer())
+            over = terminated or truncated
+            tries += 1
+        walks += 1
+    minutes = (time.time() - began) / 60
+    print(f"V-IRL in text: {walks / minutes:,.0f} resets and walks a minute, "
+          f"{tries / minutes:,.0f} answers")
+
+
 def main():
     """Time both, print a table."""
     parser = argparse.ArgumentParser(description="Time one PPO update, cached against naive.")
@@ -232,6 +252,7 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--out", help="JSON file for the numbers")
     parser.add_argument("--limits", action="store_true", help="measure the inner loops instead")
+    parser.add_argument("--walks", action="store_true", help="time the environment V-IRL instead")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--random-weights", action="store_true", help="with --limits")
     asked = parser.parse_args()
@@ -239,6 +260,8 @@ def main():
         raise sft.Problem("--episodes must be at least 1, --threads at least 0")
     if asked.threads:
         torch.set_num_threads(asked.threads)
+    if asked.walks:
+        return time_walks()
     device = sft.pick_device(asked.device)
     name = asked.model or str(sft.DEFAULT_MODEL["gp-l"])
     if asked.limits:
