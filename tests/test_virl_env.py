@@ -810,7 +810,7 @@ def test_recalled_lines_are_those_of_the_prompt():
 
 
 def test_the_backbone_corpus_sends_some_to_a_picture_that_is_not_there(corpus):
-    """The text weights, frozen when eyes are taught, have never read a prompt of the picture task."""
+    """The text weights, frozen when eyes are taught, have never read a prompt of the pictures."""
     shown = [PICTURE in talk[0]["content"] for talk in corpus]
     assert 0.15 < np.mean(shown) < 0.25 and not any("image" in talk[0] for talk in corpus)
     for talk, there in zip(corpus, shown):

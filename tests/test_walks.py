@@ -390,6 +390,7 @@ virl_env_init = virl_env.Navigation.__init__
     (["--routes", "broken"], ["broken/route_infos.json", "JSON"]),
     (["--task", "virl-vl", "--routes", "blind"], ["blind/street_views", "route 0"]),
     (["--routes", "small"], ["too few", "--splits all"]),
+    (["--no-announce"], ["--no-announce", "--task virl-vl"]),
     (["--model", "nowhere"], ["nowhere"]),
 ])
 def test_bad_flags_and_routes_end_in_one_line(at_work, monkeypatch, capsys, script, flags, words):
