@@ -489,3 +489,18 @@ def test_the_shipped_backbone_follows_written_steps():
         rows.append(sft.encode(shipped, talk))
     # 0.02 where the skill is there; 0.4 where names and directions are guessed
     assert sft.sft_loss(shipped, rows, 16, backward=False)[0] < 0.06
+
+
+def test_no_announce_reaches_training_and_measuring(monkeypatch):
+    """Catches eyes that are trained to find an intersection and measured where it is told."""
+    found = {}
+    monkeypatch.setattr(rl, "run", lambda args: found.update(args=args))
+    for flags, told in (([], True), (["--no-announce"], False)):
+        monkeypatch.setattr("sys.argv", ["rl.py", "--task", "virl-vl", *flags])
+        rl.main()
+        how = sft.game_options(found["args"])
+        shown = sft.picture_options(found["args"])
+        envs, _ = evaluate.cell_environments("visual", "test", 3, "virl-vl", shown)
+        for env in [evaluate.new_game("virl-vl", **how), *envs]:
+            assert env.announce is told and env.picture == (128, 64)
+        assert ("--no-announce" in sft.flags_again(found["args"])) is not told
