@@ -737,9 +737,10 @@ def read_runs(folder, task="gp-l"):
             args = json.loads((path.parent / "args.json").read_text())
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             rows.sort(key=lambda row: row["step"])
-            if rows and args.get("task", task) == task:     # not measured yet: it has none
-                blind = "blind " * bool(args.get("drop_pictures"))
-                runs.append((blind + args["kind"], args["seed"], rows))
+            if not rows or args.get("task", task) != task:      # not measured yet, or another game
+                continue
+            blind = "blind " * bool(args.get("drop_pictures"))
+            runs.append((blind + args["kind"], args["seed"], rows))
             for row in rows:                        # every number that a figure or table asks for
                 float(row["flops_spent"]), int(row["hands"])
                 for m in row["cells"].values():

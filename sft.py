@@ -20,7 +20,7 @@ The same loop, on broader text, also builds the small backbone that ships with t
 
     python sft.py --task gp-l --ood            # the SFT start and beyond
     python sft.py --task gp-vl --ood           # the same with the cards in a picture
-    python sft.py --task virl-l --ood          # walks (build their backbone first, see below)
+    python sft.py --task virl-l --ood          # walks
     python sft.py --build gp                   # rebuild backbones/gp from nothing
     python sft.py --build gp-eyes              # then teach it to see, its text weights frozen
     python sft.py --build virl                 # the same for walks, into backbones/virl, ...
