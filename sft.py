@@ -69,8 +69,8 @@ DEFAULT_MODEL = {task: HERE / "backbones" / task.split("-")[0] for task in TASKS
 # Where V-IRL trains, and where it meets streets, names and houses that it has never seen.
 TRAINING_CITY, *OTHER_CITIES = virl_env.CITIES
 # Defaults of flags that a task wants otherwise than gp-l. The backbone of walks knows the skill and
-# lacks the format alone: after 12 steps it stands where the paper's start does, at four right
-# actions in five; after 40 there would be nothing left for RL to gain.
+# lacks the format alone: after 12 steps it has 84 to 89 of 100 actions right on seen routes (the
+# paper's start, under the other rule: 81); after 40 (97 of 100) little would be left to gain.
 TASK_DEFAULTS = dict.fromkeys(("virl-l", "virl-vl"), {"steps": 800, "start_step": 12})
 
 
