@@ -181,7 +181,11 @@ def time_pictures(backbone, args):
 
 @torch.no_grad()
 def decode_seconds(backbone, rows, prompt=128, new=32):
-    """Seconds of one decode step of `rows` conversations, mean of `new` after a prompt."""
+    """Seconds of one decode step of `rows` conversations after a prompt: (whole, GPU at work).
+
+    Whole: the mean of `new` steps by the clock. At work: what the kernels of a step take in all by
+    the profiler's account, so that the rest is waiting for Python to start them. None on a CPU.
+    """
     ids = torch.full((rows, prompt), backbone.end_ids[0], device=backbone.device)
     reader = evaluate.Reader(backbone, rows)
     reader.read(ids, torch.ones_like(ids))
@@ -190,7 +194,14 @@ def decode_seconds(backbone, rows, prompt=128, new=32):
     began = stopwatch(backbone.device)
     for _ in range(new):
         reader.read(ids, torch.ones_like(ids))
-    return (stopwatch(backbone.device) - began) / new
+    whole = (stopwatch(backbone.device) - began) / new
+    if backbone.device.type != "cuda":
+        return whole, None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(4):
+            reader.read(ids, torch.ones_like(ids))
+        torch.cuda.synchronize()
+    return whole, sum(event.self_device_time_total for event in profile.key_averages()) / 4e6
 
 
 def copy_rate(device):
@@ -204,22 +215,31 @@ def copy_rate(device):
     return 2 * source.numel() * source.element_size() / best
 
 
-def limits(backbone, rows=32):
-    """Print how near decoding comes to the memory's speed, and training to the matrices'."""
+def limits(backbone, micro_batches, most_rows=256):
+    """Print how near decoding comes to the memory's speed, and training to the matrices'.
+
+    micro_batches: conversations at once in the training pass, each tried. most_rows: of decoding.
+    """
     device, model = backbone.device, backbone.model
-    size = sft.task_parameters(model)
-    floor = size * model.dtype.itemsize / copy_rate(device)
-    step = decode_seconds(backbone, rows)
-    print(f"decode step of {rows} rows: {step * 1e3:.1f} ms, {step / floor:.1f} times the "
-          f"{floor * 1e3:.1f} ms of reading {size:,} weights once")
-    batch = [([backbone.end_ids[0]] * 512, [0] * 448 + [1] * 64)] * rows
-    for _ in range(2):                          # the first pass also pays for memory
-        began = stopwatch(device)
-        _, fed = sft.sft_loss(backbone, batch, micro_batch=8)
-        seconds = stopwatch(device) - began
+    size, rate = sft.task_parameters(model), copy_rate(device)
+    floor = size * model.dtype.itemsize / rate
+    print(f"memory copies at {rate / 1e12:.2f} TB/s (read and written): reading {size:,} weights "
+          f"once takes {floor * 1e3:.1f} ms")
+    for rows in (n for n in (1, 32, 64, 128, 256) if n <= most_rows):
+        step, busy = decode_seconds(backbone, rows)
+        print(f"decode step of {rows:3d} rows: {step * 1e3:6.1f} ms, {step / floor:.1f} times that"
+              + (f"; GPU at work for {busy * 1e3:.1f} ms of it" if busy else ""), flush=True)
     rate = sft.matrix_rate(device, torch.bfloat16 if device.type == "cuda" else model.dtype)
-    print(f"forward and backward: {fed / seconds:,.0f} tokens/s, "
-          f"{6 * size * fed / seconds / rate:.0%} of the rate of multiplying matrices")
+    print(f"matrices multiply at {rate / 1e12:.1f} TFLOP/s")
+    for micro_batch in micro_batches:
+        batch = [([backbone.end_ids[0]] * 640, [0] * 384 + [1] * 256)] * (2 * micro_batch)
+        for _ in range(2):                      # the first pass also pays for memory
+            began = stopwatch(device)
+            _, fed = sft.sft_loss(backbone, batch, micro_batch)
+            seconds = stopwatch(device) - began
+        print(f"forward and backward, {micro_batch} conversations of 640 tokens at once: "
+              f"{fed / seconds:,.0f} tokens/s, {6 * size * fed / seconds / rate:.0%} of the rate "
+              "of multiplying matrices", flush=True)
 
 
 def time_walks(seconds=5):
@@ -255,9 +275,14 @@ def main():
     parser.add_argument("--walks", action="store_true", help="time the environment V-IRL instead")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--random-weights", action="store_true", help="with --limits")
+    parser.add_argument("--grad-checkpoint", action="store_true", help="with --limits")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[4],
+                        help="with --limits: conversations at once, one or several to try")
+    parser.add_argument("--rows", type=int, default=256, help="with --limits: most rows to decode")
     asked = parser.parse_args()
-    if asked.episodes < 1 or asked.threads < 0:
-        raise sft.Problem("--episodes must be at least 1, --threads at least 0")
+    if min(asked.episodes, asked.rows, *asked.micro_batch) < 1 or asked.threads < 0:
+        raise sft.Problem("--episodes, --rows and --micro-batch must be at least 1, --threads at "
+                          "least 0")
     if asked.threads:
         torch.set_num_threads(asked.threads)
     if asked.walks:
@@ -267,7 +292,9 @@ def main():
     if asked.limits:
         make = sft.random_backbone if asked.random_weights else sft.load_backbone
         how = {"task": "gp-l"} if asked.random_weights else {}
-        return limits(make(name, device=device, dtype=asked.dtype, **how))
+        return limits(make(name, device=device, dtype=asked.dtype,
+                           grad_checkpoint=asked.grad_checkpoint, **how),
+                      asked.micro_batch, asked.rows)
     if asked.model or pathlib.Path(name).exists():
         backbone = sft.load_backbone(name, device)
     else:
