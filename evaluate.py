@@ -131,12 +131,16 @@ class RoomyLayer(DynamicLayer):
     """
 
     block = 128
+    room = None             # two tensors (B, heads, more than T, size); keys and values are views
+    slot = None             # (1,), while a Recording is made: the column that the next token takes
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append (B, heads, new, size) keys and values; return all so far, (B, heads, T, size)."""
+        if self.slot is not None:
+            return [kept.index_copy_(2, self.slot, fresh)
+                    for kept, fresh in zip(self.room, (key_states, value_states))]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.room = None
         old = self.get_seq_length()
         new = old + key_states.shape[2]
         if self.room is None or self.room[0].shape[2] < new or \
@@ -194,16 +198,20 @@ class Reader:
     are no obstacle to m-RoPE (Qwen2.5-VL): sft.token_positions makes three numbers of the count.
     """
 
+    recorded_on = ("cuda",)     # kinds of device where reading one token is recorded
+
     def __init__(self, backbone, rows):
         self.backbone, self.rows = backbone, rows
         # transformers 5.24 gave this argument of every model another name
         known = inspect.signature(backbone.model.base_model.forward).parameters
         self.cache_name = "cache" if "cache" in known else "past_key_values"
+        self.recording = None
+        self.banned = torch.tensor(backbone.banned, dtype=torch.long, device=backbone.device)
         self.restart()
 
     def restart(self):
         """Forget everything."""
-        device = self.backbone.device
+        device, self.recording = self.backbone.device, None
         self.cache = Cache(layer_class_to_replicate=RoomyLayer)
         self.mask = torch.zeros(self.rows, 0, dtype=torch.long, device=device)
         self.pictures = [None] * self.rows      # what each row shows
@@ -225,6 +233,7 @@ class Reader:
         mask goes with it and new columns come to the right of it (attention is causal by column).
         The next positions count on from the columns that are visible, as before.
         """
+        self.settle()
         self.mask[rows], self.looking[rows] = 0, False
         # Sorted stably by 0 and 1, each row's visible columns are the last ones, in their order. As
         # many columns are kept as the longest row needs: none at all where every row forgets.
@@ -238,16 +247,18 @@ class Reader:
 
     def keep(self, indices):
         """Go on with only these rows."""
+        self.settle()
         self.rows = len(indices)
         self.mask, self.looking = self.mask[indices], self.looking[indices]
         self.pictures = [self.pictures[i] for i in indices.tolist()]
         self.tiles = None if self.tiles is None else self.tiles[indices]
         self.cache.batch_select_indices(indices)
 
-    def _see(self, ids, pictures):
+    def _see(self, ids, pictures, before):
         """What the trunk needs beside ids (B, W) when the rows show these pictures from now on.
 
         Only what is new is looked at: a picture is new if it is another object than before.
+        before: number of columns in the cache.
         """
         new = [now is not before for now, before in zip(pictures, self.pictures)]
         self.pictures = pictures
@@ -264,7 +275,9 @@ class Reader:
             if any(picture is not None for picture in pictures):
                 extra["cross_attention_states"], self.tiles = cross_states(self.backbone, pictures)
         if self.tiles is not None:
-            extra["cross_attention_mask"] = may_look(self.backbone, ids, self.tiles, self.looking)
+            now = may_look(self.backbone, ids, self.tiles, self.looking)
+            # The model cuts off as many as are in its cache already, so there has to be something.
+            extra["cross_attention_mask"] = torch.nn.functional.pad(now, (0, 0, 0, 0, before, 0))
             mark = self.backbone.model.config.image_token_index
             self.looking = self.looking | (ids == mark).any(1, keepdim=True)
         return extra
@@ -282,18 +295,144 @@ class Reader:
         column is every row's latest token.
 
         pictures: what each row shows from now on, None in a row of text; without, as before."""
+        pictures = pictures or self.pictures
+        if ids.shape[1] == 1 and self.backbone.device.type in self.recorded_on and all(
+                now is before for now, before in zip(pictures, self.pictures)):
+            if self.recording is None or self.recording.full:
+                self.settle()
+                self.recording = Recording.of(self)
+            if self.recording:
+                return self.recording.play(ids, inside)
+        self.settle()
         self.mask = torch.cat([self.mask, inside], dim=1)
         count = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         with precision(self.backbone):
-            extra = self._see(ids, pictures or self.pictures)
+            extra = self._see(ids, pictures, self.mask.shape[1] - ids.shape[1])
+        return self.logits(ids, self.mask,
+                           token_positions(self.backbone, self.pictures, count), extra)
+
+    def logits(self, ids, mask, where, extra):
+        """The forward pass of `read`. mask (B, T), or (B, 1, 1, room) of bool. -> (B, V)"""
+        with precision(self.backbone):
             hidden = self.backbone.model.base_model(
-                input_ids=ids, attention_mask=self.mask,
-                position_ids=token_positions(self.backbone, self.pictures, count),
-                use_cache=True, **{self.cache_name: self.cache}, **extra).last_hidden_state[:, -1]
+                input_ids=ids, attention_mask=mask, position_ids=where, use_cache=True,
+                **{self.cache_name: self.cache}, **extra).last_hidden_state[:, -1]
             logits = self.backbone.model.get_output_embeddings()(hidden).float()
-        if self.backbone.banned:
-            logits[:, self.backbone.banned] = -torch.inf
+        return logits.index_fill_(1, self.banned, -torch.inf)
+
+    def settle(self):
+        """End a Recording: what it read becomes columns like the others."""
+        if self.recording:
+            self.recording.end()
+            self.recording = None
+
+
+class Recording:
+    """The reading of one token a row, recorded on a GPU, then played again and again.
+
+    A step of a large model is a thousand small jobs (kernels), and Python hands them to the GPU one
+    by one: for 32 rows of the 11B model an H200 took 120 ms, and was at work for 7.5 of them. A
+    CUDA graph is the list of those jobs; played, they follow each other and Python has no part.
+
+    The price: each tensor stays in its place and keeps its shape. So this step writes keys and
+    values into the room behind the columns, at a `slot` that it moves on itself, attends to the
+    whole room, and has a mask that tells which columns of it count:
+
+        columns    0  1  2  3 | 4  5  6  7     slot 4: the next token goes there
+        row 0      1  1  1  1 | 0  0  0  0
+        row 1      0  1  1  1 | 0  0  0  0
+    """
+
+    @classmethod
+    def of(cls, reader):
+        """A Recording of this reader's next step, or None where there cannot be one."""
+        if (getattr(reader.backbone.model.config, "_attn_implementation", "") != "sdpa"
+                or not reader.mask.shape[1]         # nothing was read yet
+                or any(layer.room[0].shape[2] == reader.mask.shape[1]
+                       for layer in cls.layers(reader))):
+            return None         # no attention that takes a mask of yes and no, or no room
+        try:
+            return cls(reader)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:       # what a model does on its way may forbid it
+            tqdm.write(f"steps of one token are not recorded, but read one by one: {error}")
+            Reader.recorded_on = ()
+            for layer in cls.layers(reader):
+                layer.slot = None
+            return None
+
+    @staticmethod
+    def layers(reader):
+        """The layers of the cache that grow by a column a token."""
+        return [layer for layer in reader.cache.layers
+                if isinstance(layer, RoomyLayer) and layer.room is not None]
+
+    def __init__(self, reader):
+        device, rows = reader.backbone.device, len(reader.mask)
+        self.reader, self.width = reader, reader.mask.shape[1]
+        grown = self.layers(reader)
+        room = min(layer.room[0].shape[2] for layer in grown)
+        self.left = room - self.width
+        # --- what is fed, and what the step keeps up by itself: all of it stays in its place
+        self.ids, self.inside = torch.zeros(2, rows, 1, dtype=torch.long, device=device)
+        self.mask = torch.nn.functional.pad(reader.mask, (0, self.left))            # (B, room)
+        self.slot = torch.tensor([self.width], device=device)
+        # behind its first turn a row counts on, from wherever m-RoPE has put it
+        count = reader.mask.sum(1, keepdim=True)
+        self.shift = token_positions(reader.backbone, reader.pictures, count) - count
+        with precision(reader.backbone):
+            # the same for any words
+            self.extra = reader._see(self.ids, reader.pictures, self.width)
+        for layer in grown:
+            for kept in layer.room:
+                kept[:, :, self.width:] = 0     # never written: a NaN there would spread, masked
+            layer.slot = self.slot
+        # --- once without recording, as CUDA asks for; on a CPU, for tests, the step is just called
+        self.graph = None
+        if device.type == "cuda":
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                self.step()
+            torch.cuda.current_stream().wait_stream(aside)
+            self.slot.fill_(self.width)
+            self.mask[:, self.width:] = 0
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.step()
+
+    def step(self):
+        """What is recorded. Returns logits (B, V)."""
+        self.mask.index_copy_(1, self.slot, self.inside)
+        count = (self.mask.sum(1, keepdim=True) - 1).clamp(min=0)
+        logits = self.reader.logits(self.ids, self.mask.bool()[:, None, None], count + self.shift,
+                                    self.extra)
+        self.slot += 1
         return logits
+
+    @property
+    def full(self):
+        """No room is left."""
+        return self.left == 0
+
+    def play(self, ids, inside):
+        """Read ids (B, 1), inside as in Reader.read. Returns logits (B, V), valid until the next."""
+        self.ids.copy_(ids)
+        self.inside.copy_(inside)
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.logits = self.step()
+        self.width, self.left = self.width + 1, self.left - 1
+        return self.logits
+
+    def end(self):
+        """Leave the reader as if it had read step by step."""
+        self.reader.mask = self.mask[:, :self.width]
+        for layer in self.layers(self.reader):
+            layer.slot = None
+            layer.keys, layer.values = (kept[:, :, :self.width] for kept in layer.room)
 
 
 @torch.no_grad()

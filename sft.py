@@ -1328,6 +1328,11 @@ KNOWN = {
             "num_attention_heads": 16, "num_key_value_heads": 2, "intermediate_size": 11008,
             "tie_word_embeddings": True, "rope_parameters": {
                 "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}},
+    "Qwen/Qwen2.5-1.5B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960,
+        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default",
+                                                         "rope_theta": 1e6}},
     "Qwen/Qwen2.5-0.5B-Instruct": {
         "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
         "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
@@ -1437,17 +1442,18 @@ def report_costs(backbone, phases, whole):
     those of the model (2 N a token forward, 4 N backward), without what checkpointing repeats and
     without attention, which is small at these lengths.
     """
-    device, dtype = backbone.device, backbone.model.dtype
+    device, dtype, kept = backbone.device, backbone.model.dtype, ""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
+        kept = f" ({torch.cuda.max_memory_reserved(device) / 1e9:.2f} GB with gaps)"
     else:
         import resource                     # not on Windows
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak *= 1 if sys.platform == "darwin" else 1024
     rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else dtype)
     size = sum(p.numel() for p in backbone.model.parameters())
-    print(f"dry run: {size:,} parameters in {dtype} on {device}, peak memory {peak / 1e9:.2f} GB, "
-          f"matrices multiply at {rate / 1e12:.2f} TFLOP/s")
+    print(f"dry run: {size:,} parameters in {dtype} on {device}, peak memory {peak / 1e9:.2f} GB"
+          f"{kept}, matrices multiply at {rate / 1e12:.2f} TFLOP/s")
     for name, (seconds, tokens, flops) in phases.items():
         print(f"  {name:9s} {seconds:8.1f} s {tokens / seconds:12,.0f} tokens/s "
               f"{flops / seconds / rate:7.1%} of that rate")

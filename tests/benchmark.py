@@ -225,10 +225,14 @@ def limits(backbone, micro_batches, most_rows=256):
     floor = size * model.dtype.itemsize / rate
     print(f"memory copies at {rate / 1e12:.2f} TB/s (read and written): reading {size:,} weights "
           f"once takes {floor * 1e3:.1f} ms")
+    recorded = [(), ("cuda",)] if device.type == "cuda" else [()]
     for rows in (n for n in (1, 32, 64, 128, 256) if n <= most_rows):
-        step, busy = decode_seconds(backbone, rows)
-        print(f"decode step of {rows:3d} rows: {step * 1e3:6.1f} ms, {step / floor:.1f} times that"
-              + (f"; GPU at work for {busy * 1e3:.1f} ms of it" if busy else ""), flush=True)
+        for kinds in recorded:
+            with mock.patch("evaluate.Reader.recorded_on", kinds):
+                step, busy = decode_seconds(backbone, rows)
+            print(f"decode step of {rows:3d} rows: {step * 1e3:6.1f} ms, {step / floor:.1f} times "
+                  "that" + ", recorded" * len(kinds)
+                  + (f"; GPU at work for {busy * 1e3:.1f} ms of it" if busy else ""), flush=True)
     rate = sft.matrix_rate(device, torch.bfloat16 if device.type == "cuda" else model.dtype)
     print(f"matrices multiply at {rate / 1e12:.1f} TFLOP/s")
     for micro_batch in micro_batches:

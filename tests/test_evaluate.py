@@ -557,7 +557,70 @@ def test_bad_flags_end_in_one_line(tiny, tmp_path, monkeypatch, capsys, flags, w
     assert_one_line(code, error, "evaluate.py: ", *words)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch here")
+def recorded_or_not(tiny, monkeypatch, new_tokens, rows=4):
+    """The episodes that the sampler plays with and without a Recording, same draws."""
+    played = []
+    for kinds in ((), ("cpu", "cuda")):
+        monkeypatch.setattr(evaluate.Reader, "recorded_on", kinds)
+        envs = [Rigged(1 + i % 4, forget=i % 2 == 1) for i in range(rows)]
+        played.append(evaluate.play(tiny, envs, range(rows), 0.6, new_tokens,
+                                    torch.Generator(tiny.device).manual_seed(0)))
+    return played
+
+
+@pytest.mark.parametrize("room", [1, 3, 128])
+def test_recorded_steps_read_the_same(tiny, monkeypatch, room):
+    """Catches a recorded step that runs out of room, or leaves the reader with other columns."""
+    monkeypatch.setattr(evaluate.RoomyLayer, "block", room)
+    made, record = [], evaluate.Recording.__init__
+    monkeypatch.setattr(evaluate.Recording, "__init__",
+                        lambda self, reader: (made.append(1), record(self, reader))[1])
+    plain, recorded = ([[(t.answer_ids, t.logprobs) for t in e.turns] for e in episodes]
+                       for episodes in recorded_or_not(tiny, monkeypatch, 8))
+    assert made and sum(map(len, plain)) > 6
+    for one, two in zip(sum(plain, []), sum(recorded, [])):
+        assert one[0] == two[0]
+        assert torch.tensor(one[1]).sub(torch.tensor(two[1])).abs().max() < 1e-4
+
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(),
+                               reason="no GPU is visible to torch here")
+
+
+def test_what_cannot_be_recorded_is_read_step_by_step(tiny, monkeypatch, capsys):
+    """Catches a run that dies because of a model whose step CUDA does not record."""
+    def fail(self):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    record = evaluate.Recording.__init__
+    monkeypatch.setattr(evaluate.Recording, "__init__",
+                        lambda self, reader: (record(self, reader), fail(self)))
+    plain, other = ([[(t.answer_ids, t.logprobs) for t in e.turns] for e in episodes]
+                    for episodes in recorded_or_not(tiny, monkeypatch, 8))
+    assert plain == other and evaluate.Reader.recorded_on == ()
+    assert "one by one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_recording_feeds_what_it_is_given(tiny, monkeypatch, device):
+    """Catches a recording that plays with old inputs, or writes to memory that moved."""
+    tiny.model.to(device)
+    monkeypatch.setattr(evaluate.RoomyLayer, "block", 5)
+    draw, heard = torch.Generator().manual_seed(0), {}
+    reads = [(torch.randint(0, 100, (3, width), generator=draw).to(device),
+              (torch.rand(3, width, generator=draw) < 0.8).long().to(device))
+             for width in [4] + [1] * 13 + [3] + [1] * 4]
+    reads[0][1][:, -1] = 1              # no row begins with nothing
+    for kinds in ((), (device,)):
+        monkeypatch.setattr(evaluate.Reader, "recorded_on", kinds)
+        reader = evaluate.Reader(tiny, 3)
+        with torch.no_grad():
+            heard[kinds] = torch.stack([reader.read(*part).clone() for part in reads])
+    gap = (heard[()] - heard[device,])[heard[()].isfinite()].abs()
+    assert gap.max() < 1e-4 if device == "cpu" else gap.mean() < 0.05
+
+
+@NEEDS_GPU
 def test_sampler_and_update_agree_on_a_gpu(tiny):
     """Catches a mask or position error that only the GPU's attention kernels show."""
     tiny.model.cuda()

@@ -406,6 +406,7 @@ def test_known_sizes_are_the_published_ones():
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     wanted = {"meta-llama/Llama-3.2-11B-Vision-Instruct": 10_670_220_835,
               "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+              "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
               "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768}
     assert set(wanted) == set(sft.KNOWN)
     for name, count in wanted.items():
@@ -580,10 +581,11 @@ def test_three_gradients_that_are_not_finite_stop_rl(tiny, tmp_path, monkeypatch
 
 @NEEDS_GPU
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", test_pictures.CLASSES)
-def test_sampler_and_update_agree_on_a_gpu(kind, dtype, tmp_path):
+@pytest.mark.parametrize("kind", ["mllama", *test_pictures.CLASSES])
+def test_sampler_and_update_agree_on_a_gpu(kind, dtype, tmp_path, request):
     """Catches tensors left on the CPU, and a mixture of types that only a GPU's kernels refuse."""
-    sft.save_checkpoint(tmp_path, build(kind))
+    sft.save_checkpoint(tmp_path, request.getfixturevalue("seeing") if kind == "mllama"
+                        else build(kind))
     backbone = sft.load_backbone(tmp_path, "cuda", dtype=dtype)
     envs = [Rigged(solve_at, picture=SIZE) for solve_at in (1, 3, 6)]
     episodes = evaluate.play(backbone, envs, range(3), 0.6, 5,

@@ -152,9 +152,14 @@ def log_p(backbone, rows):
 
 
 @pytest.mark.parametrize("forget", [False, True])
-@pytest.mark.parametrize("keep_cache", [True, False])
-def test_sampler_and_update_agree_with_pictures(any_class, keep_cache, forget):
-    """Catches pictures given to the wrong row, at the wrong read, or lost with the cache."""
+@pytest.mark.parametrize("keep_cache, recorded", [(True, False), (True, True), (False, False)])
+def test_sampler_and_update_agree_with_pictures(any_class, keep_cache, recorded, forget,
+                                                monkeypatch):
+    """Catches pictures given to the wrong row, at the wrong read, or lost with the cache.
+
+    recorded: single tokens are read by the step that a GPU would play back.
+    """
+    monkeypatch.setattr(evaluate.Reader, "recorded_on", ("cpu",) * recorded)
     episodes = play(any_class, keep_cache, forget)
     rows = rl.conversations(episodes)
     assert sum(row["picture"] is None for row in rows) == (8 if forget else 2)
