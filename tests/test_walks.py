@@ -491,6 +491,14 @@ def test_the_shipped_backbone_follows_written_steps():
     assert sft.sft_loss(shipped, rows, 16, backward=False)[0] < 0.06
 
 
+def test_the_shipped_backbone_reads_street_views():
+    """Catches weights that were shipped without their eyes: virl-vl would be walked blind."""
+    shipped = sft.load_backbone(sft.DEFAULT_MODEL["virl-vl"])
+    assert shipped.blind == ""
+    # 40 views, 200 words, three standard deviations below 95 %; "no place" everywhere makes 70
+    assert sft.read_right(shipped, "virl", sft.TRAINING_CITY, 40) > 0.9
+
+
 def test_no_announce_reaches_training_and_measuring(monkeypatch):
     """Catches eyes that are trained to find an intersection and measured where it is told."""
     found = {}
