@@ -372,8 +372,7 @@ class Recording:
         device, rows = reader.backbone.device, len(reader.mask)
         self.reader, self.width = reader, reader.mask.shape[1]
         grown = self.layers(reader)
-        room = min(layer.room[0].shape[2] for layer in grown)
-        self.left = room - self.width
+        self.left = grown[0].room[0].shape[2] - self.width
         # --- what is fed, and what the step keeps up by itself: all of it stays in its place
         self.ids, self.inside = torch.zeros(2, rows, 1, dtype=torch.long, device=device)
         self.mask = torch.nn.functional.pad(reader.mask, (0, self.left))            # (B, room)

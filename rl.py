@@ -680,7 +680,8 @@ def run(args):
     if not saved and not look_only:
         measure(0, args.eval_hands)
     if args.dry_run:        # the first game of a process also solves all hands: not on the clock
-        collect(backbone, argparse.Namespace(**vars(args) | {"episodes": 1}), 0)
+        collect(backbone, argparse.Namespace(**vars(args) | {"episodes": 1, "max_new_tokens": 2}),
+                0)
     bar = tqdm(range(first, args.updates), initial=first, total=args.updates, desc="ppo",
                unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     for update in bar:
