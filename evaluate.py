@@ -132,7 +132,9 @@ class RoomyLayer(DynamicLayer):
 
     block = 128
     room = None             # two tensors (B, heads, more than T, size); keys and values are views
-    slot = None             # (1,), while a Recording is made: the column that the next token takes
+    # While a Recording stands: (1,), the column that the next token takes; keys and values lag
+    # behind until it ends.
+    slot = None
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append (B, heads, new, size) keys and values; return all so far, (B, heads, T, size)."""
@@ -198,7 +200,7 @@ class Reader:
     are no obstacle to m-RoPE (Qwen2.5-VL): sft.token_positions makes three numbers of the count.
     """
 
-    recorded_on = ("cuda",)     # kinds of device where reading one token is recorded
+    recorded_on = ("cuda",)     # kinds of device where reading one token is recorded (Recording)
 
     def __init__(self, backbone, rows):
         self.backbone, self.rows = backbone, rows
@@ -294,13 +296,15 @@ class Reader:
         last column. W differs between calls; short rows are padded on the LEFT, so that the last
         column is every row's latest token.
 
-        pictures: what each row shows from now on, None in a row of text; without, as before."""
+        pictures: what each row shows from now on, None in a row of text; without, as before. The
+        logits are valid until the next read."""
         pictures = pictures or self.pictures
         if ids.shape[1] == 1 and self.backbone.device.type in self.recorded_on and all(
                 now is before for now, before in zip(pictures, self.pictures)):
-            if self.recording is None or self.recording.full:
+            if self.recording is None or self.recording.left == 0:
                 self.settle()
-                self.recording = Recording.of(self)
+                if Recording.possible(self):
+                    self.recording = Recording(self, ids, inside)
             if self.recording:
                 return self.recording.play(ids, inside)
         self.settle()
@@ -343,24 +347,14 @@ class Recording:
         row 1      0  1  1  1 | 0  0  0  0
     """
 
+    streams = {}            # device: where it is recorded; each new one would cost work memory
+
     @classmethod
-    def of(cls, reader):
-        """A Recording of this reader's next step, or None where there cannot be one."""
-        if (getattr(reader.backbone.model.config, "_attn_implementation", "") != "sdpa"
-                or not reader.mask.shape[1]         # nothing was read yet
-                or any(layer.room[0].shape[2] == reader.mask.shape[1]
-                       for layer in cls.layers(reader))):
-            return None         # no attention that takes a mask of yes and no, or no room
-        try:
-            return cls(reader)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:       # what a model does on its way may forbid it
-            tqdm.write(f"steps of one token are not recorded, but read one by one: {error}")
-            Reader.recorded_on = ()
-            for layer in cls.layers(reader):
-                layer.slot = None
-            return None
+    def possible(cls, reader):
+        """Is there attention that takes a mask of yes and no, and room behind the columns?"""
+        grown = cls.layers(reader)
+        return (getattr(reader.backbone.model.config, "_attn_implementation", "") == "sdpa"
+                and bool(grown) and grown[0].room[0].shape[2] > reader.mask.shape[1])
 
     @staticmethod
     def layers(reader):
@@ -368,13 +362,13 @@ class Recording:
         return [layer for layer in reader.cache.layers
                 if isinstance(layer, RoomyLayer) and layer.room is not None]
 
-    def __init__(self, reader):
-        device, rows = reader.backbone.device, len(reader.mask)
+    def __init__(self, reader, ids, inside):
+        device, self.graph = reader.backbone.device, None
         self.reader, self.width = reader, reader.mask.shape[1]
         grown = self.layers(reader)
         self.left = grown[0].room[0].shape[2] - self.width
         # --- what is fed, and what the step keeps up by itself: all of it stays in its place
-        self.ids, self.inside = torch.zeros(2, rows, 1, dtype=torch.long, device=device)
+        self.ids, self.inside = ids.clone(), inside.clone()
         self.mask = torch.nn.functional.pad(reader.mask, (0, self.left))            # (B, room)
         self.slot = torch.tensor([self.width], device=device)
         # behind its first turn a row counts on, from wherever m-RoPE has put it
@@ -387,19 +381,40 @@ class Recording:
             for kept in layer.room:
                 kept[:, :, self.width:] = 0     # never written: a NaN there would spread, masked
             layer.slot = self.slot
-        # --- once without recording, as CUDA asks for; on a CPU, for tests, the step is just called
-        self.graph = None
-        if device.type == "cuda":
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                self.step()
-            torch.cuda.current_stream().wait_stream(aside)
-            self.slot.fill_(self.width)
-            self.mask[:, self.width:] = 0
+        if device.type == "cuda":               # on a CPU, for tests, the step is just called
+            with torch.cuda.device(device):
+                self._record(device)
+
+    def _record(self, device):
+        """Make the graph, and see that it does what the step does. Raises Problem."""
+        aside = self.streams.setdefault(device, torch.cuda.Stream())
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):          # once without recording, as CUDA asks for
+            expected = self.step()
+        torch.cuda.current_stream().wait_stream(aside)
+        self._rewind()
+        try:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=aside):
                 self.logits = self.step()
+            self.graph.replay()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:           # what a model does on its way may forbid it
+            short = isinstance(error.__context__, torch.OutOfMemoryError)
+            raise error.__context__ if short else Problem(
+                f"the step of one token cannot be recorded for this model; add --no-record ("
+                f"{str(error).splitlines()[0]})") from None
+        gap = (self.logits - expected).abs().nan_to_num(0).mean().item()    # banned: inf - inf
+        if not gap < 0.05:
+            raise Problem(f"the recorded step of one token differs from the step itself by "
+                          f"{gap:.2g}; add --no-record")
+        self._rewind()
+
+    def _rewind(self):
+        """As if no step had been made."""
+        self.slot.fill_(self.width)
+        self.mask[:, self.width:] = 0
 
     def step(self):
         """What is recorded. Returns logits (B, V)."""
@@ -410,13 +425,8 @@ class Recording:
         self.slot += 1
         return logits
 
-    @property
-    def full(self):
-        """No room is left."""
-        return self.left == 0
-
     def play(self, ids, inside):
-        """Read ids (B, 1), inside as in Reader.read. Returns logits (B, V), valid until the next."""
+        """Read ids (B, 1), inside as in Reader.read. Returns logits (B, V)."""
         self.ids.copy_(ids)
         self.inside.copy_(inside)
         if self.graph:
@@ -505,6 +515,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
             reader.forget(fresh)
         if progress:
             progress(len(envs) - len(playing))
+    reader.settle()     # a Recording and its reader hold each other, and the whole cache
     return episodes
 
 
@@ -740,21 +751,25 @@ def measure_places(episodes):
     return {"places": {where: measure_walks(some) for where, some in apart.items()}}
 
 
+def cell_splits(cells, splits, task):
+    """[(cell, split)] to play. A cell of other cities has one split, which is played once."""
+    return list(dict.fromkeys((cell, TASK_CELLS[task][cell].get("split", split))
+                              for split in splits for cell in cells))
+
+
 def evaluate(backbone, cells, splits, count, temperature=0.6, batch=256, max_new_tokens=48,
              quiet=False, task="gp-l", shown=None, where=(TRAINING_CITY, OTHER_CITIES)):
     """Play `count` hands or walks of each cell and split.
 
     Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes, ...}).
 
-    batch: episodes played together; it changes speed, not results (up to rounding). task, shown,
-    where: see `cell_environments`.
+    batch: episodes played together. It changes the draws, not what is measured: compare models at
+    the same one. task, shown, where: see `cell_environments`.
     """
     results, kept = {}, {}
-    # Hands AND random draws are a function of the cell: two checkpoints meet the same hands, and
-    # their difference is not the luck of the deal.
-    # A cell of other cities has one split, which is played once.
-    names = list(dict.fromkeys((cell, TASK_CELLS[task][cell].get("split", split))
-                               for split in splits for cell in cells))
+    # Hands are a function of the cell, and where the draws begin, too: two checkpoints meet the
+    # same hands, and their difference is not the luck of the deal.
+    names = cell_splits(cells, splits, task)
     bar = tqdm(total=len(names) * count, desc="evaluate", unit="episode", leave=False,
                disable=quiet or not sys.stderr.isatty(), dynamic_ncols=True)
     for cell, split in names:
@@ -1177,29 +1192,51 @@ def draw_panels(panels, path, title=""):
 # ------------------------------------------------------------------------------------------------
 
 
+def record_flag(group):
+    """--record, for this script and rl.py."""
+    group.add_argument("--record", action=argparse.BooleanOptionalAction, default=True,
+                       help="on a GPU: record the reading of one token and play it back; "
+                       "--no-record reads step by step")
+
+
 def evaluate_run(args, cells, splits, device):
-    """Play every checkpoint of an SFT run; writes eval.jsonl there, goes on where it stopped."""
-    found = checkpoints(args.run)
+    """Play every checkpoint of an SFT run; writes eval.jsonl there, goes on where it stopped.
+
+    A step is played again only for cells that its row lacks. Raises Problem for a run of rl.py,
+    which measures itself and keeps two checkpoints.
+    """
+    folder, found = pathlib.Path(args.run), checkpoints(args.run)
     if not found:
         raise Problem(f"--run {args.run}: no checkpoints step-* there")
-    path = pathlib.Path(args.run) / "eval.jsonl"
-    done = {row["step"] for row in read_lines(path)}
-    spent_at = {row["step"]: row["flops"]
-                for row in read_lines(pathlib.Path(args.run) / "metrics.jsonl")}
-    measured = Metrics(args.run, resume_at=math.inf, name="eval.jsonl")
-    for step, folder in found:
-        if step in done or args.steps and step not in args.steps:
+    path = folder / "eval.jsonl"
+    rows = {row["step"]: row for row in read_lines(path)}
+    trained = {row["step"]: row for row in read_lines(folder / "metrics.jsonl")}
+    if any("approx_kl" in row for row in trained.values()):
+        raise Problem(f"--run {args.run}: a run of rl.py, which has measured itself; give one of "
+                      "its checkpoints as --model")
+    wanted = {f"{SPLIT_NAMES[split]}/{cell}" for cell, split in cell_splits(cells, splits,
+                                                                          args.task)}
+    for step, checkpoint in found:
+        if args.steps and step not in args.steps:
             continue
-        backbone = load_backbone(folder, device, dtype=args.dtype)
-        check_sight(backbone, args.task, folder)
+        before = rows.get(step, {"hands": args.hands, "cells": {}})
+        if before["hands"] != args.hands or wanted <= set(before["cells"]):
+            print(f"step {step}: measured already, {before['hands']} episodes a cell (in {path})")
+            continue
+        backbone = load_backbone(checkpoint, device, dtype=args.dtype)
+        check_sight(backbone, args.task, checkpoint)
         results, _ = evaluate(backbone, cells, splits, args.hands, args.temperature, args.batch,
                               args.max_new_tokens, task=args.task,
                               shown=picture_options(args), where=places(args))
         print(f"step {step}")
         show(results)
-        spent = spent_at.get(step, 0)               # SFT: the paper's formula is what was spent
-        measured.write({"step": step, "hands": args.hands, "flops": spent, "flops_spent": spent,
-                        "cells": results})
+        # SFT: the paper's formula is what was spent
+        spent = trained[step]["flops"] if step in trained else 0
+        rows[step] = {"step": step, "hands": args.hands, "flops": spent, "flops_spent": spent,
+                      "cells": before["cells"] | results}
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
+        aside.rename(path)
 
 
 def main():
@@ -1213,7 +1250,8 @@ def main():
     group.add_argument("--plot", metavar="FOLDER", help="draw the runs below this folder, and stop")
     group.add_argument("--ood", action=argparse.BooleanOptionalAction, default=False,
                        help="all cells: rule OOD, the two shifts apart, the fake probe; gp-vl, "
-                       "V-IRL: rule OOD, visual OOD, both (V-IRL: and the fake probe)")
+                       "V-IRL: rule OOD, visual OOD, both (V-IRL: and the fake probe); with --run "
+                       "those that are drawn")
     every = list(CELLS | PICTURE_CELLS | WALK_CELLS)
     group.add_argument("--cells", nargs="+", choices=every, metavar="CELL",
                        help="measure just these: " + "; ".join(
@@ -1235,6 +1273,7 @@ def main():
     group.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                        help="of the weights (default float32)")
+    record_flag(group)
     group.add_argument("--show", type=int, default=0, metavar="N",
                        help="print N transcripts a cell, half of them solved; pictures go to "
                        "runs/shown")
@@ -1258,6 +1297,7 @@ def main():
         raise Problem(f"--cells {foreign[0]}: not a cell of {args.task}; it has "
                       f"{', '.join(TASK_CELLS[args.task])}")
     device = pick_device(args.device)
+    Reader.recorded_on = ("cuda",) * args.record
     if args.run:
         evaluate_run(args, args.cells or (CURVE_CELLS[args.task] if args.ood else ["id"]),
                      args.splits, device)

@@ -85,6 +85,7 @@ def guarded(main):
     Returns the exit code: 0 fine, 2 a problem, 130 stopped by the user.
     """
     name = pathlib.Path(sys.argv[0]).name
+    again = "run it again" if name == "evaluate.py" else "go on with --resume"
     try:
         main()
         return 0
@@ -93,7 +94,7 @@ def guarded(main):
         return 2
     except OSError as error:
         what = "the disk is full: free some space" if error.errno == errno.ENOSPC else str(error)
-        print(f"{name}: {what}; nothing saved before is lost, go on with --resume", file=sys.stderr)
+        print(f"{name}: {what}; nothing saved before is lost, {again}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
         sampling = "play" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}
@@ -101,11 +102,11 @@ def guarded(main):
                 "lower --sample-batch (episodes at once)" if sampling else
                 "lower --micro-batch (the result stays the same), or add --grad-checkpoint, "
                 "--dtype bfloat16, --freeze vision")
-        print(f"{name}: out of GPU memory: {turn}; what was saved is not lost, go on with "
-              "--resume", file=sys.stderr)
+        print(f"{name}: out of GPU memory: {turn}; what was saved is not lost, {again}",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; go on with --resume", file=sys.stderr)
+        print(f"\n{name}: stopped; {again}", file=sys.stderr)
         return 130
 
 
@@ -318,8 +319,13 @@ def wrap_backbone(model, tokenizer, name="model", processor=None):
     banned = {getattr(config, key, None) for key in
               ("image_token_index", "image_token_id", "video_token_id", "vision_start_token_id",
                "vision_end_token_id")}
-    if getattr(config.get_text_config(), "final_logit_softcapping", None):
+    text = config.get_text_config()
+    if getattr(text, "final_logit_softcapping", None):
         raise Problem(f"--model {name}: it bends its logits (soft-capping); not supported")
+    # The sampler's columns have gaps; a window counted in columns would not be one of tokens.
+    if set(getattr(text, "layer_types", None) or []) - {"full_attention"}:
+        raise Problem(f"--model {name}: some of its layers do not attend to all that was said "
+                      "(sliding windows, or no attention); not supported")
     rows = model.get_output_embeddings().weight.shape[0]
     return Backbone(model, tokenizer,
                     end_ids=list(dict.fromkeys([end_id] + [i for i in listed if i is not None])),
@@ -1733,7 +1739,7 @@ def open_run(folder, args, kind):
     if folder.exists() and not folder.is_dir():
         raise Problem(f"--out {folder}: that is a file, not a folder")
     free = ("resume", "out", "threads", "device", "stop_step", "micro_batch", "grad_checkpoint",
-            "dry_run", "random_weights")
+            "dry_run", "random_weights", "record")
     # ... these change no result; with any other flag changed, --resume would mix two runs
     settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in free}
     if HERE in pathlib.Path(args.model).parents:        # the same run, wherever the project lies

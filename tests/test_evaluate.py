@@ -8,8 +8,10 @@ reads it in one go. Both must find the same log-probabilities, or PPO learns fro
 
 import copy
 import doctest
+import gc
 import json
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -516,6 +518,24 @@ def test_every_checkpoint_of_a_run_is_played_once(tiny, tmp_path, monkeypatch, c
     assert path.read_text() == whole
 
 
+def test_a_measured_step_gets_the_cells_that_it_lacks(tiny, tmp_path, monkeypatch, capsys):
+    """Catches an assignment that measures nothing, since another cell was measured before."""
+    sft.save_checkpoint(tmp_path / "step-000001", tiny)
+    flags = ["--run", tmp_path, "--max-new-tokens", 2, "--splits", "test", "--hands"]
+    for more in ((2,), (2, "--cells", "fake"), (3, "--cells", "ood")):
+        code, error = command(monkeypatch, capsys, evaluate, *flags, *more)
+        assert code == 0, error
+    row, = map(json.loads, (tmp_path / "eval.jsonl").read_text().splitlines())
+    assert list(row["cells"]) == ["held-out/id", "held-out/fake"] and row["hands"] == 2
+
+
+def test_a_run_of_rl_is_not_measured_as_one_of_sft(tiny, tmp_path, monkeypatch, capsys):
+    """Catches the figure's compute counted twice, by the formula of the other stage."""
+    sft.save_checkpoint(tmp_path / "step-000001", tiny)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "flops": 10, "approx_kl": 0.1}\n')
+    assert_one_line(*command(monkeypatch, capsys, evaluate, "--run", tmp_path), "rl.py", "--model")
+
+
 def test_results_are_written_and_transcripts_shown(tiny, tmp_path, monkeypatch, capsys):
     """Catches transcripts without the verifier's words, and results that are not valid JSON."""
     sft.save_checkpoint(tmp_path / "model", tiny)
@@ -574,7 +594,7 @@ def test_recorded_steps_read_the_same(tiny, monkeypatch, room):
     monkeypatch.setattr(evaluate.RoomyLayer, "block", room)
     made, record = [], evaluate.Recording.__init__
     monkeypatch.setattr(evaluate.Recording, "__init__",
-                        lambda self, reader: (made.append(1), record(self, reader))[1])
+                        lambda self, *args: (made.append(1), record(self, *args))[1])
     plain, recorded = ([[(t.answer_ids, t.logprobs) for t in e.turns] for e in episodes]
                        for episodes in recorded_or_not(tiny, monkeypatch, 8))
     assert made and sum(map(len, plain)) > 6
@@ -587,18 +607,30 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(),
                                reason="no GPU is visible to torch here")
 
 
-def test_what_cannot_be_recorded_is_read_step_by_step(tiny, monkeypatch, capsys):
-    """Catches a run that dies because of a model whose step CUDA does not record."""
-    def fail(self):
-        raise RuntimeError("operation not permitted when stream is capturing")
+def test_a_recording_dies_with_its_game(tiny, monkeypatch):
+    """Catches a cache, gigabytes on a large model, that stays in memory during the update."""
+    monkeypatch.setattr(evaluate.Reader, "recorded_on", ("cpu",))
+    kept, start = [], evaluate.Reader.__init__
+    monkeypatch.setattr(evaluate.Reader, "__init__", lambda self, *args: (
+        kept.append(weakref.ref(self)), start(self, *args))[1])
+    gc.collect()
+    gc.disable()
+    try:
+        evaluate.play(tiny, [Rigged(2), Rigged(6)], range(2), 0.6, 6, torch.Generator())
+        assert [reader() for reader in kept] == [None]
+    finally:
+        gc.enable()
 
-    record = evaluate.Recording.__init__
-    monkeypatch.setattr(evaluate.Recording, "__init__",
-                        lambda self, reader: (record(self, reader), fail(self)))
-    plain, other = ([[(t.answer_ids, t.logprobs) for t in e.turns] for e in episodes]
-                    for episodes in recorded_or_not(tiny, monkeypatch, 8))
-    assert plain == other and evaluate.Reader.recorded_on == ()
-    assert "one by one" in capsys.readouterr().out
+
+@NEEDS_GPU
+def test_what_cannot_be_recorded_names_the_flag(tiny, monkeypatch):
+    """Catches a traceback, or the same logits at every step, where CUDA does not record."""
+    tiny.model.cuda()
+    logits = evaluate.Reader.logits
+    monkeypatch.setattr(evaluate.Reader, "logits", lambda self, *args: (
+        logits(self, *args) + self.mask.sum().item() * 0))      # waits: forbidden in a recording
+    with pytest.raises(sft.Problem, match="--no-record"):
+        evaluate.play(tiny, [Rigged(2)], range(1), 0.6, 6, torch.Generator("cuda"))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])

@@ -530,7 +530,8 @@ def test_out_of_memory_names_the_flag_to_turn(monkeypatch, capsys, script, where
 
     monkeypatch.setattr("sys.argv", [script])
     code = sft.guarded(play if where == "play" else learn)
-    assert_one_line(code, capsys.readouterr().err, f"lower {flag} ", "--resume")
+    assert_one_line(code, capsys.readouterr().err, f"lower {flag} ",
+                    "run it again" if script == "evaluate.py" else "--resume")
 
 
 def test_three_gradients_that_are_not_finite_stop_sft(tiny, tmp_path, monkeypatch):

@@ -559,6 +559,17 @@ def test_capped_logits_are_read_right_or_refused(tiny):
     check_shift(sft.token_logprobs, backbone)
 
 
+def test_layers_with_a_window_are_refused(tiny):
+    """Catches a window counted in columns of the cache, which have gaps, and not in tokens."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    model = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=len(tiny.tokenizer), hidden_size=32, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
+        final_logit_softcapping=None, sliding_window=8))
+    with pytest.raises(sft.Problem, match="windows"):
+        sft.wrap_backbone(model, tiny.tokenizer)
+
+
 def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny, tmp_path):
     """Catches a flag without effect (it needs train mode), and one that changes the gradient."""
     sft.save_checkpoint(tmp_path / "model", tiny)
