@@ -700,7 +700,7 @@ def measure_walks(episodes):
 
     kinds, kinds_on: the same for each kind of action, with intervals. turns: both kinds of turn
     together, the rail going on: only there the rules differ. landmarks_read, crossings_read: share
-    of positions whose first answer says what is there. errors: kinds of the wrong first answers.
+    of positions (their number: positions) whose first answer says what is there. errors: kinds of the wrong first answers.
     The tries of a walk are not independent, so intervals of tries are a little narrow.
     """
     paper, on, first = [], [], []       # (kind of action, verdict) of tries; first tries' verdicts
@@ -726,7 +726,7 @@ def measure_walks(episodes):
                   f"steps{suffix}": kinds["every action"]["count"], f"kinds{suffix}": kinds}
     turns = _rate(v for k, v in on if k.endswith("turn"))
     return found | {
-        "turns": turns["rate"], "turn_tries": turns["count"],
+        "turns": turns["rate"], "turn_tries": turns["count"], "positions": len(first),
         "first_try": sum(v.correct for v in first) / len(first),
         "landmarks_read": sum(v.landmarks_right for v in first) / len(first),
         "crossings_read": sum(v.intersection_right for v in first) / len(first),
@@ -946,10 +946,12 @@ _WALKS = ("right actions of all tries", {
     "success": ", whole routes"})
 TABLE = {"gp-l": _HANDS,
          "gp-vl": (_HANDS[0], _HANDS[1] | {"cards_read": ", all four cards read right"}),
-         "virl-l": _WALKS, "virl-vl": _WALKS}
+         "virl-l": _WALKS,
+         "virl-vl": (_WALKS[0], _WALKS[1] | {"landmarks_read": ", landmarks read right"})}
 # What a measure is a share of, where it is not a share of the hands or walks. It differs between
 # checkpoints: a walk that misses later has more tries.
-SHARE_OF = {"per_step": "steps", "per_step_on": "steps_on", "turns": "turn_tries"}
+SHARE_OF = {"per_step": "steps", "per_step_on": "steps_on", "turns": "turn_tries",
+            "landmarks_read": "positions"}
 
 
 def table(runs, task="gp-l"):
@@ -1011,7 +1013,9 @@ PANELS = {
                ("rule OOD: turns, the rail goes on", "held-out/ood", "turns"),
                ("visual OOD, whole routes", "all/visual", "success")),
 }
-PANELS["virl-vl"] = PANELS["virl-l"]
+PANELS["virl-vl"] = (*PANELS["virl-l"][:2],
+                     ("visual OOD, nine other cities: landmarks read", "all/visual",
+                      "landmarks_read"), *PANELS["virl-l"][3:])
 
 
 def plot(folder, path, task="gp-l"):

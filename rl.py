@@ -31,6 +31,7 @@ What differs from the paper's text or its released code, and why:
     python rl.py --task gp-l --ood             the main job: 7 minutes on two cores; rule OOD of
                                                held-out hands from 14 to 33 %, ID from 22 to 38 %
     python rl.py --task virl-l --ood           walks; whole routes, other rule: from 46 to 75 %
+    python rl.py --task virl-vl --ood          the same in street view: from 42 to 75 %
     python rl.py --task gp-l --inspect         one episode, token by token
     python rl.py --task gp-l --from-backbone   no SFT start: RL has nothing to reward (Fig. 9)
     python rl.py --preset paper --dry-run --random-weights
