@@ -353,8 +353,8 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
     # Minimised: the surrogate enters with a minus already, the entropy bonus is subtracted.
     loss = policy + args.value_coef * critic - args.entropy_coef * entropy.sum() / tokens
     if args.kl_coef > 0:
-        # KL(policy || start), estimator k3 of Schulman's note: never negative, low variance. So much
-        # for its value; its gradient, on samples of the policy, is that of KL(start || policy).
+        # KL(policy || start), estimator k3 of Schulman's note: never negative, low variance. That
+        # is its value; its gradient, on samples of the policy, is that of KL(start || policy).
         gap = torch.cat([r["start_logprobs"] for r in part]) - logprobs
         loss = loss + args.kl_coef * (gap.exp() - 1 - gap).sum() / tokens
     return loss, {
