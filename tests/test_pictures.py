@@ -6,6 +6,8 @@ pieces and by the update at once, alone or beside rows with other pictures or no
     python -m pytest tests/test_pictures.py
 """
 
+import contextlib
+import copy
 import json
 import shutil
 
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import evaluate
 import gp_env
@@ -170,6 +174,61 @@ def test_sampler_and_update_agree_with_pictures(any_class, keep_cache, recorded,
         rl.score_all(any_class, head, rows, 0.6, micro_batch)
         scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])])
         assert (sampled - scored).abs().max() < 1e-4
+
+
+class Watched(TorchDispatchMode):
+    """Collects the tensors that operations take and no operation has made: weights, or what Python
+    brings along, such as the list in x[:, [1, 2]]. Refuses those of another device than meta."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.brought = [], []            # kept, so that no id is given away again
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        known = set(map(id, self.made))
+        result = operation(*args, **(kwargs or {}))
+        taken, given = ([x for x in tree_leaves(part) if isinstance(x, torch.Tensor)]
+                        for part in ((args, kwargs), result))
+        assert all(x.device.type == "meta" for x in taken + given), operation
+        self.made += given
+        self.brought += [x for x in taken if id(x) not in known]
+        return result
+
+
+def test_a_recorded_step_never_asks_the_cpu(any_class, monkeypatch):
+    """Catches what a CUDA graph forbids, where there is no GPU: a number read back, a tensor made.
+
+    The step is repeated on the device "meta", where tensors have a shape and no contents: whoever
+    looks at a value there fails. And what no operation has made must be the same tensor each time.
+    """
+    monkeypatch.setattr(evaluate.Reader, "recorded_on", ("cpu",))
+    reader = evaluate.Reader(any_class, 2)
+    image = gp_env.GeneralPoints(picture=SIZE).reset(0)[0]["image"]
+    ids, picture = sft.look(any_class, "Which cards?", image)
+    with torch.no_grad():
+        reader.read(torch.tensor([ids, ids]), torch.ones(2, len(ids), dtype=torch.long),
+                    [picture, picture])
+        logits = reader.read(torch.tensor([[5], [6]]), torch.ones(2, 1, dtype=torch.long))
+        recording, meta = reader.recording, torch.device("meta")
+        monkeypatch.setattr(evaluate, "precision", lambda backbone: contextlib.nullcontext())
+        assert recording and logits.isfinite().any()
+        reader.backbone = copy.deepcopy(any_class)
+        reader.backbone.model.to(meta)
+        for owner, names in ((reader, ["banned"]),
+                             (recording, ["ids", "inside", "mask", "slot", "shift"])):
+            for name in names:
+                setattr(owner, name, getattr(owner, name).to(meta))
+        recording.extra = {key: value.to(meta) for key, value in recording.extra.items()}
+        for layer in reader.cache.layers:
+            if isinstance(layer, evaluate.RoomyLayer) and layer.room is not None:
+                layer.room, layer.slot = [kept.to(meta) for kept in layer.room], recording.slot
+            elif layer.is_initialized:
+                layer.keys, layer.values = layer.keys.to(meta), layer.values.to(meta)
+        with Watched() as once:
+            assert recording.step().shape == logits.shape
+        with Watched() as again:
+            recording.step()
+        assert set(map(id, again.brought)) <= set(map(id, once.brought))    # the same weights
 
 
 def test_cache_changes_no_token(any_class):
