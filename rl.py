@@ -181,7 +181,7 @@ def score(backbone, head, rows, temperature, value_trunk=False):
     value_trunk: let the gradient of V into the trunk, as the paper does. By default the critic only
     READS the policy's hidden state: let in, it made the trunk's gradient 9 times as long (3.5
     against 0.37, mean of 24 updates, rewards in -4..5), so that most of a step served the critic,
-    and three success rates of four ended lower, one seed (README, "What was measured").
+    and three success rates of four ended lower, one seed (results/README.md, "Ablations").
     Returns (logprobs (N,), entropy (N,), values (number of tries,)), all float32, in row order.
     """
     device = backbone.device
