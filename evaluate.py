@@ -46,9 +46,9 @@ import gp_env
 import virl_env
 from sft import (DEFAULT_MODEL, OTHER_CITIES, TASKS, TRAINING_CITY, Metrics, Problem, check_flags,
                  check_sight, checkpoints, cross_states, crossing_layers, data_flags, guarded,
-                 load_backbone, look, may_look, name_default, parse_flags, pick_device,
-                 picture_options, pictured, places, precision, read_lines, see, token_positions,
-                 user_ids, write_json)
+                 cross_mask, encode_picture, load_backbone, name_default, parse_flags, pick_device,
+                 picture_inputs, picture_options, pictured, places, precision, read_json,
+                 read_lines, token_positions, user_ids, write_json)
 from verifier import MAX_ANSWER, read_answer
 
 EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same for every model
@@ -109,7 +109,7 @@ class Turn:
     message: str                # what the environment said back
     verdict: object
     new_conversation: bool      # nothing before this turn is visible to it
-    picture: dict | None = None     # what a new conversation shows, as tensors (sft.look)
+    picture: dict | None = None     # what a new conversation shows, as tensors (sft.encode_picture)
 
 
 @dataclass
@@ -119,8 +119,9 @@ class Episode:
     env: object
     prompt: str
     turns: list = field(default_factory=list)
-    terminated: bool = False    # solved: nothing can follow
-    truncated: bool = False     # out of tries: something could have followed
+    terminated: bool = False    # the game is over. A hand is solved then; a walk whose rail goes on
+                                # may have missed positions all the same: ask `solved`
+    truncated: bool = False     # out of tries
 
 
 class RoomyLayer(DynamicLayer):
@@ -187,13 +188,13 @@ class PictureLayer(DynamicLayer):
 class Reader:
     """The model reading B growing conversations at different speeds, with one cache.
 
-    Answers differ in length, so the columns of the cache have gaps. Each row has a mask of the
-    columns that are its own, and counts its positions over those alone, so that a row with gaps is
-    read exactly as the update reads it later, without:
+    Answers differ in length, so the cache has columns that belong to some rows only. The mask of
+    each row tells which are its own, and positions are counted over those alone. The update
+    (sft.trunk) reads the same conversation without gaps; every token has the same position there:
 
-        columns    0  1  2  3  4  5  6  7  8        a row's positions
-        row 0      .  p  p  a  a  a  m  m  m        - 0 1 2 3 4 5 6 7
-        row 1      p  p  p  a  .  .  .  m  m        0 1 2 3 - - - 4 5
+        columns    0  1  2  3  4  5  6  7  8        its positions
+        row 0      .  p  p  a  a  a  m  m  m        - 0 1 2 3 4 5 6 7     p prompt, a answer,
+        row 1      p  p  p  a  .  .  .  m  m        0 1 2 3 - - - 4 5     m message, . not its own
 
     A picture is looked at when its conversation is first read; then it lives in the cache, as
     columns like others (LLaVA, Idefics) or as keys and values of layers of its own (Mllama). Gaps
@@ -266,8 +267,8 @@ class Reader:
         self.pictures = pictures
         crossing = crossing_layers(self.backbone.model)
         if not crossing:        # the old ones are columns of the cache
-            return see(self.backbone, ids, [picture if fresh else None
-                                            for picture, fresh in zip(pictures, new)])
+            return picture_inputs(self.backbone, ids, [
+                picture if fresh else None for picture, fresh in zip(pictures, new)])
         extra = {}
         if any(new):
             # A layer keeps one tensor of keys for all rows, so all rows are shown again. A row that
@@ -277,7 +278,7 @@ class Reader:
             if any(picture is not None for picture in pictures):
                 extra["cross_attention_states"], self.tiles = cross_states(self.backbone, pictures)
         if self.tiles is not None:
-            now = may_look(self.backbone, ids, self.tiles, self.looking)
+            now = cross_mask(self.backbone, ids, self.tiles, self.looking)
             # The model cuts off as many as are in its cache already, so there has to be something.
             extra["cross_attention_mask"] = torch.nn.functional.pad(now, (0, 0, 0, 0, before, 0))
             mark = self.backbone.model.config.image_token_index
@@ -333,6 +334,8 @@ class Reader:
 
 class Recording:
     """The reading of one token a row, recorded on a GPU, then played again and again.
+
+    Never at work on a CPU: on a first reading, go on to `play`.
 
     A step of a large model is many small jobs (kernels), several for each operation of each layer,
     and Python hands them to the GPU one by one: for 32 rows of the 11B model an H200 took 120 ms,
@@ -526,7 +529,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
 def _user_turn(backbone, observation):
     """(token ids, picture as tensors or None) of what the environment says."""
     if observation["image"] is not None:
-        return look(backbone, observation["text"], observation["image"])
+        return encode_picture(backbone, observation["text"], observation["image"])
     return user_ids(backbone, observation["text"], observation["new_conversation"]), None
 
 
@@ -551,8 +554,9 @@ def _answer(backbone, reader, block, pictures, temperature, max_new_tokens, gene
     for step in range(max_new_tokens):
         logits = reader.read(ids, inside, pictures)                                # (B, V)
         if temperature > 0:
-            # What is sampled from is what is recorded: no top-k, no top-p, no penalty. Otherwise
-            # the old policy of the PPO ratio would not be the one that played.
+            # No top-k, no top-p, no penalty: rl.py scores these tokens again, as a plain softmax at
+            # this temperature, and that has to be the policy that played. The log-probabilities
+            # kept here are for rl.self_check, which compares the two.
             logprobs = torch.log_softmax(logits / temperature, dim=-1)
             token = torch.multinomial(logprobs.exp(), 1, generator=generator)      # (B, 1)
         else:
@@ -888,8 +892,12 @@ def _shown(env, at):
 
 
 def read_runs(folder, task="gp-l"):
-    """Find runs of a task below a folder: [(kind, seed, rows of eval.jsonl)], kinds as in ARMS."""
-    runs = []
+    """Find runs of a task below a folder: [(kind, seed, rows of eval.jsonl)], kinds as in ARMS.
+
+    Of each kind, runs are comparable that differ in nothing but the seed. The largest such group is
+    kept; the others are named, with the flag that sets them apart.
+    """
+    groups = {}             # kind: list of groups, each a list of (path, args, rows)
     for path in sorted(pathlib.Path(folder).rglob("eval.jsonl")):
         try:
             args = json.loads((path.parent / "args.json").read_text())
@@ -897,43 +905,64 @@ def read_runs(folder, task="gp-l"):
             rows.sort(key=lambda row: row["step"])
             if not rows or args.get("task", task) != task:      # not measured yet, or another game
                 continue
-            blind = "blind " * bool(args.get("drop_pictures"))
-            runs.append((blind + args["kind"], args["seed"], rows))
             for row in rows:                        # every number that a figure or table asks for
                 float(row["flops_spent"]), int(row["hands"])
                 for m in row["cells"].values():
                     [float(m[measure]) for measure in TABLE[task][1]]
+            alike = groups.setdefault("blind " * bool(args.get("drop_pictures")) + args["kind"], [])
+            home = next((g for g in alike if not _difference(args, g[0][1])
+                         and args["seed"] not in [known["seed"] for _, known, _ in g]), None)
+            if home is None:
+                alike.append(home := [])
+            home.append((path.parent, args, rows))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Problem(f"{path.parent}: not a run this script can read ({error})") from None
-    if not runs:
+    if not groups:
         raise Problem(f"{folder}: no eval.jsonl of {task} below it; make one with rl.py, or with "
                       "evaluate.py --run")
-    return runs
+    kept = []
+    for kind, alike in groups.items():
+        most = max(alike, key=len)                  # of equally large ones the first
+        kept += [(kind, args["seed"], rows) for _, args, rows in most]
+        for path, args, _ in (run for group in alike if group is not most for run in group):
+            flag = (_difference(args, most[0][1]) or ["seed"])[0].replace("_", "-")
+            print(f"left out: {path}, for its --{flag} (compared with {most[0][0]})")
+    return kept
+
+
+def _difference(args, others):
+    """Flags in which two runs differ, the seed and flags that one does not know aside."""
+    return sorted(key for key in args.keys() & others.keys() - {"seed"} if args[key] != others[key])
 
 
 def curve(runs, kind, cell, measure_name="success", against=None):
     """Mean, lowest and highest over seeds at each step: [(FLOPs, mean, low, high)] in percent.
 
-    All arms begin at the same checkpoint, which the RL runs measured as their step 0.
-    against: another measure that takes the place of FLOPs, in percent. The points stay in the order
-    of steps, and low and high are the mean: a band would cross itself.
+    SFT and RL pass the same checkpoint, which the RL runs measured as their step 0: it is a point
+    of both. (A blind arm never was there.) against: another measure that takes the place of FLOPs,
+    in percent. The points stay in the order of FLOPs, and low and high are the mean: a band would
+    cross itself.
     """
     points, seeds = {}, {}
     for run_kind, _, rows in runs:
         for row in rows:
-            start = run_kind == "rl" and row["step"] == 0
+            start = run_kind == "rl" and row["step"] == 0 and not kind.startswith("blind")
             if (run_kind == kind or start) and cell in row["cells"]:
                 at = 0 if start else row["step"]
                 m = row["cells"][cell]
-                points.setdefault(at, []).append((100 * m[against] if against else
-                                                  row["flops_spent"], 100 * m[measure_name]))
+                points.setdefault(at, []).append((row["flops_spent"], 100 * m[measure_name],
+                                                  100 * m[against] if against else 0))
                 if not start:
                     seeds[at] = seeds.get(at, 0) + 1
     most = max(seeds.values(), default=0)           # steps that every seed was measured at
-    made = [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p),
-             min(y for _, y in p), max(y for _, y in p))
-            for at, p in sorted(points.items()) if most and seeds.get(at, most) == most]
-    return [(x, y, y, y) for x, y, _, _ in made] if against else made
+    made = []
+    for p in (p for at, p in points.items() if most and seeds.get(at, most) == most):
+        spent, rates, others = zip(*p)
+        mean = sum(rates) / len(rates)
+        made.append((sum(spent) / len(p), mean, min(rates), max(rates), sum(others) / len(p)))
+    made.sort()
+    return [(x, mean, mean, mean) if against else (spent, mean, low, high)
+            for spent, mean, low, high, x in made]
 
 
 def gain(hits, count, hits_before, count_before, z=1.96):
@@ -962,34 +991,58 @@ SHARE_OF = {"per_step": "steps", "per_step_on": "steps_on", "turns": "turn_tries
 def table(runs, task="gp-l"):
     """A Markdown table: start, and the end of each arm; mean (lowest-highest) over seeds.
 
-    The gains pool the hands of all seeds. Hands repeat between seeds and share numbers, so the
-    intervals are about sampling, and a little narrow.
+    A gain is the mean over seeds of end minus start, with two measures of chance. The 95 % interval
+    is about these trained policies: the luck of hands and of sampling. In brackets stand the lowest
+    and the highest seed: the luck of training. (Hands repeat between seeds and share numbers, so
+    the interval is a little narrow; start and end meet the same hands, which makes it a little
+    wide.)
     """
-    ends = {"start": [rows[0] for kind, _, rows in runs if kind == "rl"]}
+    ends = {"start": {seed: rows[0] for kind, seed, rows in runs if kind == "rl"}}
     for kind, (label, _) in ARMS.items():
-        ends[label] = [rows[-1] for run_kind, _, rows in runs if run_kind == kind]
+        ends[label] = {seed: rows[-1] for run_kind, seed, rows in runs if run_kind == kind}
     names = [n for n in ends if ends[n]]
     heading, said = TABLE[task]
     lines = [f"| {heading} | " + " | ".join(names) + " | " + " | ".join(
-        f"{n} - start, 95 % interval" for n in names[1:]) + " |", "|---" * (2 * len(names)) + "|"]
-    cells = (ends["RL"] or ends["SFT"])[0]["cells"]
+        f"{n} - start [95 % interval] (seeds)" for n in names[1:]) + " |",
+        "|---" * (2 * len(names)) + "|"]
+    cells = next(iter((ends["RL"] or ends["SFT"]).values()))["cells"]
     for cell, measure_name in [(c, m) for m in said for c in cells
-                               if all(c in r["cells"] for n in names for r in ends[n])]:
+                               if all(c in r["cells"] for n in names for r in ends[n].values())]:
         line = [cell + said[measure_name]]
         for name in names:
-            rates = [100 * row["cells"][cell][measure_name] for row in ends[name]]
+            rates = [100 * row["cells"][cell][measure_name] for row in ends[name].values()]
             line.append(f"{sum(rates) / len(rates):.1f} ({min(rates):.1f}-{max(rates):.1f})")
-        pooled = {}
-        for name in names:
-            counts = [row["cells"][cell].get(SHARE_OF.get(measure_name), row["hands"])
-                      for row in ends[name]]
-            hits = [row["cells"][cell][measure_name] * n for row, n in zip(ends[name], counts)]
-            pooled[name] = sum(hits), sum(counts)
         for name in names[1:]:
-            line.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(
-                *(100 * x for x in gain(*pooled[name], *pooled["start"]))))
+            gains = [gain(*_hits(row, cell, measure_name),
+                          *_hits(ends["start"][seed], cell, measure_name))
+                     for seed, row in ends[name].items() if seed in ends["start"]]
+            line.append("{:+.1f} [{:+.1f}, {:+.1f}] ({:+.1f} to {:+.1f})".format(
+                *(100 * x for x in mean_gain(gains))) if gains else "")
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
+
+
+def _hits(row, cell, measure_name):
+    """(hits, count) behind a rate of a row of eval.jsonl."""
+    measures = row["cells"][cell]
+    count = measures.get(SHARE_OF.get(measure_name), row["hands"])
+    return measures[measure_name] * count, count
+
+
+def mean_gain(gains):
+    """[(difference, low, high)] of independent seeds -> (mean, low, high, smallest, largest).
+
+    Each seed counts alike, however many tries its walks had. The half-widths of n independent
+    intervals combine to the root of the sum of their squares, over n.
+
+    >>> [round(x, 3) for x in mean_gain([(0.1, 0.06, 0.14), (0.3, 0.27, 0.33)])]
+    [0.2, 0.175, 0.225, 0.1, 0.3]
+    """
+    found, lows, highs = zip(*gains)
+    mean = sum(found) / len(found)
+    below, above = (math.hypot(*(x - d for x, d in zip(end, found))) / len(found)
+                    for end in (lows, highs))
+    return mean, mean - below, mean + above, min(found), max(found)
 
 
 # The arms of the comparison: {kind of run: (name, colour)}. A blind run of SFT never saw pictures
@@ -1212,11 +1265,17 @@ def evaluate_run(args, cells, splits, device):
     """Play every checkpoint of an SFT run; writes eval.jsonl there, goes on where it stopped.
 
     A step is played again only for cells that its row lacks. Raises Problem for a run of rl.py,
-    which measures itself and keeps two checkpoints.
+    which measures itself and keeps two checkpoints; for flags of another game than the run's; and
+    for cells of a row that would be measured in two ways.
     """
     folder, found = pathlib.Path(args.run), checkpoints(args.run)
     if not found:
         raise Problem(f"--run {args.run}: no checkpoints step-* there")
+    said = read_json(folder / "args.json")
+    for key in ("task", "routes", "picture_size", "announce"):
+        if key in said and said[key] != getattr(args, key):
+            raise Problem(f"--run {args.run}: it was trained with --{key.replace('_', '-')} "
+                          f"{said[key]}, you ask for {getattr(args, key)}: play the same game")
     path = folder / "eval.jsonl"
     rows = {row["step"]: row for row in read_lines(path)}
     trained = {row["step"]: row for row in read_lines(folder / "metrics.jsonl")}
@@ -1229,9 +1288,15 @@ def evaluate_run(args, cells, splits, device):
         if args.steps and step not in args.steps:
             continue
         before = rows.get(step, {"hands": args.hands, "cells": {}})
+        how = {key: getattr(args, key) for key in ("temperature", "batch", "max_new_tokens")}
+        other = [key for key, value in before.get("how", how).items() if value != how[key]]
         if before["hands"] != args.hands or wanted <= set(before["cells"]):
             print(f"step {step}: measured already, {before['hands']} episodes a cell (in {path})")
             continue
+        if other:
+            raise Problem(f"--run {args.run}: cells of step {step} were measured with --"
+                          f"{other[0].replace('_', '-')} {before['how'][other[0]]}: give the same, "
+                          f"or move {path} away to begin anew")
         backbone = load_backbone(checkpoint, device, dtype=args.dtype)
         check_sight(backbone, args.task, checkpoint)
         results, _ = evaluate(backbone, cells, splits, args.hands, args.temperature, args.batch,
@@ -1241,8 +1306,8 @@ def evaluate_run(args, cells, splits, device):
         show(results)
         # SFT: the paper's formula is what was spent
         spent = trained[step]["flops"] if step in trained else 0
-        rows[step] = {"step": step, "hands": args.hands, "flops": spent, "flops_spent": spent,
-                      "cells": before["cells"] | results}
+        rows[step] = {"step": step, "hands": args.hands, "how": how, "flops": spent,
+                      "flops_spent": spent, "cells": before["cells"] | results}
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
         aside.rename(path)

@@ -53,6 +53,8 @@ TRIES = 5                                               # the paper's verify_ite
 # that the first turn costs about 35 tokens and a student's CPU spends its time on the answers.
 # ------------------------------------------------------------------------------------------------
 
+# Slots of these templates: {j} {q} {k} what J, Q, K count; {c} {n} {f} the names of the three
+# fields (KEYS). A doubled brace comes out as a single one: an answer is a JSON object.
 PROMPT = ("[Task] Four cards are dealt. Write one equation that equals the target and uses what "
           "each card counts exactly once, with + - * / and brackets. A counts 1, J counts {j}, "
           "Q counts {q}, K counts {k}. The target is {target}.\n"
@@ -73,12 +75,13 @@ OTHER_PROMPTS = (
     "You hold {cards}. Find a way to reach {target} with every card used one time. In this game a "
     "J stands for {j}, a Q for {q}, a K for {k}, an A for 1. {ask}",
 )
-# ... and answered in other notations: (what the prompt asks for, the answer, separator of cards,
-# separator of numbers). NONE of them is accepted by the verifier. That is what makes this backbone
-# play the part of a real one: it knows the game and cannot earn a reward before SFT has shown it
-# the format. JSON objects come with these keys, drawn anew for each field of each conversation:
 FOLLOW_UP = "Now make {target}. The equation alone."
 IN_PICTURE = "those in the picture"         # stands for the cards where a picture shows them
+# ... and answered in other notations: (what the prompt asks for, the answer, separator of cards,
+# separator of numbers). The first stands three times, to be drawn three times as often. It looks
+# like the accepted one, but its fields are named by OTHER_KEYS, never KEYS: the verifier finds no
+# "formula" in ANY of these. That is what makes this backbone play the part of a real one: it knows
+# the game, and cannot earn a reward before SFT has shown it the format.
 OTHER_KEYS = (("hand", "held", "faces"), ("worth", "value", "points"), ("sum", "result", "line"))
 OTHER_NOTATIONS = (
     (ASK, ANSWER, '", "', ", "),
@@ -132,7 +135,7 @@ def split_of(cards):
 class Hand:
     """Four dealt cards and what is asked of them."""
 
-    cards: tuple            # four of RANKS, in the order shown
+    cards: tuple            # the ranks of the four cards (members of RANKS), in the order shown
     suits: tuple            # four of SUITS["all"]; only a picture shows them
     rule: tuple             # what J, Q, K count
     target: int = TARGET
@@ -153,12 +156,12 @@ def deal(rng, rule="ten", face=False, suits="all", split="train", target=TARGET)
     rule = RULES[rule] if isinstance(rule, str) else tuple(rule)
     deck = [(rank, suit) for suit in SUITS[suits] for rank in RANKS]
     for _ in range(100_000):
-        cards, colours = zip(*(deck[i] for i in rng.choice(len(deck), 4, replace=False)))
+        cards, drawn = zip(*(deck[i] for i in rng.choice(len(deck), 4, replace=False)))
         if face and not set(cards) & set("JQK"):
             continue
         if split != "all" and split_of(cards) != split:
             continue
-        hand = Hand(cards, colours, rule, target)
+        hand = Hand(cards, drawn, rule, target)
         if solvable(hand.numbers, target):
             return hand
     raise ValueError(f"no solvable hand found for target {target}: choose another --target")
@@ -461,8 +464,8 @@ class GeneralPoints:
     def step(self, text):
         """Judge one answer. Returns (observation, reward, terminated, truncated, info).
 
-        terminated: solved, nothing can follow. truncated: the tries are used up; the game could
-        have gone on, but not for this agent (rl.py keeps the two apart in GAE).
+        terminated: solved. truncated: the tries are used up. Nothing that the agent could still
+        earn follows either of them, so GAE ends with value 0 at both (rl.gae).
         Raises RuntimeError if no episode is under way.
         """
         if self.over:

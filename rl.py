@@ -2,7 +2,8 @@
 
 Paper: arXiv 2501.17161, sections 3 and 5, appendix C. The model plays whole episodes (answer,
 verifier message, answer, ...): a hand of up to five tries, or a walk of up to two tries at each of
-about 15 positions. One ANSWER is one action, one TRY is one time step.
+about 15 positions. One TRY is one time step: one answer, one reward, one value, one advantage. An
+ACTION, for the ratio, is one token of the answer (the default) or the whole answer (the paper's).
 
   1. collect: play B episodes with the current policy (evaluate.play)
   2. score: one forward pass over each conversation gives log p of every sampled token and, at the
@@ -12,10 +13,10 @@ about 15 positions. One ANSWER is one action, one TRY is one time step.
   4. update: several epochs of minibatches on the clipped policy loss + clipped value loss
   5. log, save, and now and then evaluate on hands and rules that were never trained on
 
-Symbols and shapes (the same in every file):
+Symbols and shapes (N is another thing in README eq. 6, parameters):
   B episodes   K tries of an episode   N answer tokens   T tokens   H hidden size
   r reward of a try    V value before it    A advantage    R = A + V return (target of V)
-  ratio = pi_new(answer) / pi_old(answer)
+  ratio = pi_new(action) / pi_old(action)
 
 What differs from the paper's text or its released code, and why:
   * the ratio is per token by default, the paper's one ratio for a whole answer is --ratio answer
@@ -41,6 +42,7 @@ Read before: evaluate.py. Then: tests/test_rl.py, where every function here is c
 """
 
 import argparse
+import itertools
 import math
 import pathlib
 import shutil
@@ -59,11 +61,11 @@ from sft import (Metrics, Problem, checkpoints, guarded, load_backbone, load_sta
                  pick_device, read_lines, save_checkpoint, task_parameters, token_logprobs, trunk)
 
 
-# Defaults of flags that a task wants otherwise than gp-l. A walk has about as many tries (13) as
-# four hands, so a quarter of the episodes is as much experience; but its tries lie in eleven
-# conversations, so a minibatch of as many tries has three times the rows. 48 walks are evaluated
-# on, as in the paper. At twice this learning rate one seed of three fell below its start. The start
-# is made with sft.py's own defaults for the task.
+# Defaults of walks, where they differ from those of hands. A walk has about 13 tries, as many as
+# four hands, so 64 walks are as much experience as 256 hands. Those 13 tries fill 11 conversations,
+# the tries of four hands fill 4: a minibatch of as many tries has 96 conversations instead of 32.
+# At twice this learning rate one seed of three fell below its start. 48 walks are evaluated on, as
+# in the paper. The SFT start is made with sft.py's own defaults for the task.
 WALKS = {"tries": virl_env.TRIES, "updates": 10, "episodes": 64, "minibatch": 96, "lr": 5e-5,
          "eval_hands": 48, "eval_every": 5}
 TASK_DEFAULTS = {task: WALKS | {f"sft_{flag}": value for flag, value in own.items()}
@@ -119,10 +121,10 @@ def conversations(episodes):
 
     ids    tokens of one whole conversation (one for each hand, or each position of a walk)
     mask   1 on sampled tokens, 0 on prompts and verifier messages: the policy did not choose those
-    ends   for each try, the position of the last token BEFORE its answer: V is read there, because
-           a value that had seen the answer would not be a baseline
+    value_at  for each try, the position of the last token BEFORE its answer. V is read there: a
+           baseline must not know the action that it judges
     tries  for each try, (episode, number of the try), to find its reward and advantage
-    picture  what the conversation shows, as tensors (sft.look), or None
+    picture  what the conversation shows, as tensors (sft.encode_picture), or None
 
     In a walk a new position begins a new conversation, and the number of the try runs on:
 
@@ -134,17 +136,17 @@ def conversations(episodes):
 
         position   0  1  2   3  4  5   6  7   8  9
         token      p  p  p   a  a  .   m  m   a  .       p prompt, a answer, . end, m message
-        mask       0  0  0   1  1  1   0  0   1  1       ends = [2, 7], tries = [(e, 0), (e, 1)]
+        mask       0  0  0   1  1  1   0  0   1  1       value_at [2, 7], tries [(e, 0), (e, 1)]
     """
     rows = []
     for e, episode in enumerate(episodes):
         for k, turn in enumerate(episode.turns):
             if turn.new_conversation:
-                rows.append({"ids": [], "mask": [], "ends": [], "tries": [],
+                rows.append({"ids": [], "mask": [], "value_at": [], "tries": [],
                              "picture": turn.picture})
             row = rows[-1]
             row["ids"] += turn.prompt_ids
-            row["ends"].append(len(row["ids"]) - 1)
+            row["value_at"].append(len(row["ids"]) - 1)
             row["tries"].append((e, k))
             row["ids"] += turn.answer_ids
             row["mask"] += [0] * len(turn.prompt_ids) + [1] * len(turn.answer_ids)
@@ -159,7 +161,8 @@ def conversations(episodes):
 def build_value_head(hidden, seed):
     """The critic: a small MLP on the policy's own hidden state, (.., H) -> (..,). V is 0 at first.
 
-    As in the paper it shares the whole trunk with the policy: one pass serves both.
+    One forward pass serves policy and critic. The critic's gradient ends at the hidden state,
+    unless --value-trunk lets it through, as in the paper (see `score`).
     """
     wide, narrow = max(128, hidden // 4), max(64, hidden // 8)
     head = torch.nn.Sequential(torch.nn.Linear(hidden, wide), torch.nn.ReLU(),
@@ -193,7 +196,7 @@ def score(backbone, head, rows, temperature, value_trunk=False):
     logprobs, entropy = token_logprobs(backbone, hidden, ids, mask, temperature)
     # A causal model's hidden state at position t knows tokens 0..t and nothing later. So the states
     # before ALL answers of an episode lie in this one pass, and V of try k cannot peek at answer k.
-    at = [(i, end) for i, r in enumerate(rows) for end in r["ends"]]
+    at = [(i, end) for i, r in enumerate(rows) for end in r["value_at"]]
     row, end = torch.tensor(at, device=device).T
     state = hidden[row, end].float()                                         # (tries, H)
     return logprobs, entropy, head(state if value_trunk else state.detach())
@@ -201,7 +204,13 @@ def score(backbone, head, rows, temperature, value_trunk=False):
 
 @torch.no_grad()
 def score_all(backbone, head, rows, temperature, micro_batch):
-    """`score` without gradients, any number of rows. Adds "logprobs" and "values" to each."""
+    """`score` without gradients, any number of rows. Adds the OLD "logprobs" and "values" to each.
+
+    The sampler knew the log-probabilities already. But V needs this pass anyway, and it computes
+    the old ones just as the update will compute the new ones, so that all ratios begin at 1 but for
+    rounding; the sampler's serve in `self_check`. They are those at --temperature: softmax(logits /
+    temperature) is the policy that played.
+    """
     for part in by_length(rows, micro_batch):
         logprobs, _, values = score(backbone, head, part, temperature)
         logprobs = logprobs.split([sum(r["mask"]) for r in part])
@@ -231,8 +240,9 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
     What stands for V_{k+1} at the end is where implementations go wrong:
       terminated  the game is over, no reward can follow: 0
       truncated   it was cut; the value of what would have come next is `after`. Running out of
-                  tries is a rule of this game that the agent cannot play past, so `after` is 0
-                  here; cutting an episode because a buffer is full would put V(next state) there.
+                  tries is a rule of this game that the agent cannot play past, so `after` is always
+                  0 in this file. Code that cuts episodes where a buffer is full (most PPO for
+                  games does) puts V(next state) there.
       Never the value of another episode.
 
     rewards, values: (K,) float. Returns (advantages, returns), both (K,). Worked example (gamma
@@ -258,8 +268,9 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" and "returns" of every row (one number a try), advantages normalised.
 
-    Normalised over all tries of the batch: mean 0, standard deviation 1 (Huang et al. 2022, detail
-    7). Returns are left alone, they are what the critic has to predict.
+    Normalised over all tries of the batch: mean 0, standard deviation 1. (PPO's usual way is to do
+    it in each minibatch, Huang et al. 2022, detail 7; the comment below says why it is not done
+    here.) Returns are left alone, they are what the critic has to predict.
     """
     # An episode may lie in several rows (V-IRL forgets after each right action); time runs on
     # through all of them, so tries are put back in order by (episode, number of the try). What
@@ -336,39 +347,39 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
             for key in ("logprobs", "advantages", "returns", "values")}
     counts = torch.tensor([n for r in part for n in _answer_lengths(r)], device=logprobs.device)
     if args.ratio == "token":
-        # Each token is its own action and carries its answer's advantage. That is an approximation:
-        # the gradient of sum(log ratio) * A is the same for both conventions where ratios are 1 (a
-        # product's log is the sum of logs), but here each token is clipped on its own.
+        # Each token is an action of its own, with its answer's advantage. While all ratios are 1
+        # this has the gradient of the other way, but for the factor tries / tokens: the log of a
+        # product is the sum of the logs. Later they differ, since here each token is clipped alone.
+        actions = tokens
         advantages = torch.repeat_interleave(join["advantages"], counts)
         policy, log_ratio = policy_loss(logprobs, join["logprobs"], advantages, args.clip)
-        policy = policy / tokens
     else:
         # The paper: the answer is one action. One ratio, the product of ~30 token ratios, leaves
         # the clip range after a far smaller step.
+        actions = tries
         policy, log_ratio = policy_loss(per_answer(logprobs, counts),
                                         per_answer(join["logprobs"], counts),
                                         join["advantages"], args.clip)
-        policy = policy / tries
+    policy = policy / actions       # a mean over actions, like the terms below but the critic's
     critic = value_loss(values, join["values"], join["returns"], args.value_clip) / tries
     # Minimised: the surrogate enters with a minus already, the entropy bonus is subtracted.
-    loss = policy + args.value_coef * critic - args.entropy_coef * entropy.sum() / tokens
+    loss = policy + args.value_coef * critic - args.entropy_coef * entropy.sum() / actions
     if args.kl_coef > 0:
-        # KL(policy || start), estimator k3 of Schulman's note: never negative, low variance. That
-        # is its value; its gradient, on samples of the policy, is that of KL(start || policy).
+        # A price for moving away from the start. With gap = log p_start - log p, the mean of
+        # exp(gap) - 1 - gap over sampled tokens estimates KL(policy || start) and is never negative
+        # (k3 in Schulman's note). Its gradient, though, is that of KL(start || policy).
         gap = torch.cat([r["start_logprobs"] for r in part]) - logprobs
-        loss = loss + args.kl_coef * (gap.exp() - 1 - gap).sum() / tokens
+        loss = loss + args.kl_coef * (gap.exp() - 1 - gap).sum() / actions
     return loss, {
         "policy_loss": policy.item(), "value_loss": critic.item(),
         "entropy": entropy.sum().item() / tokens,
-        "approx_kl": (log_ratio.exp() - 1 - log_ratio).sum().item() / (
-            tokens if args.ratio == "token" else tries),
-        "clipfrac": ((log_ratio.exp() - 1).abs() > args.clip).float().sum().item() / (
-            tokens if args.ratio == "token" else tries)}
+        "approx_kl": (log_ratio.exp() - 1 - log_ratio).sum().item() / actions,
+        "clipfrac": ((log_ratio.exp() - 1).abs() > args.clip).float().sum().item() / actions}
 
 
 def _answer_lengths(row):
     """Tokens of each answer of a conversation: the runs of ones in its mask."""
-    starts = [end + 1 for end in row["ends"]]
+    starts = [end + 1 for end in row["value_at"]]
     bounds = starts[1:] + [len(row["mask"])]
     return [sum(row["mask"][a:b]) for a, b in zip(starts, bounds)]
 
@@ -376,15 +387,16 @@ def _answer_lengths(row):
 def ppo_update(backbone, head, optimizer, rows, args, update):
     """args.epochs passes over the batch in shuffled minibatches. Returns mean statistics."""
     sft.learning_mode(backbone, True)
-    # Optimiser steps before this update: exact for hands, about right for walks, whose rows vary.
+    # Optimiser steps of all earlier updates, for the warm-up below; -(-a // b) is a / b rounded up.
+    # Exact for hands; the rows of walks vary in number, so there it is an estimate.
     done = update * args.epochs * -(-len(rows) // args.minibatch)
     log, fed, skipped = [], 0, 0
-    order, parts = seeded(args.seed, update, 3), []
+    shuffler, parts = seeded(args.seed, update, 3), []
     for _ in range(args.epochs):
         # Whole conversations are shuffled, not tries: the tries of one share a forward pass. From
         # the second minibatch on the policy is no longer the one that played, which is what the
         # ratio corrects for, and the clip limits how far that is trusted.
-        shuffled = [rows[i] for i in torch.randperm(len(rows), generator=order).tolist()]
+        shuffled = [rows[i] for i in torch.randperm(len(rows), generator=shuffler).tolist()]
         parts += [shuffled[start:start + args.minibatch]
                   for start in range(0, len(rows), args.minibatch)]
     for part in parts:
@@ -400,10 +412,10 @@ def ppo_update(backbone, head, optimizer, rows, args, update):
         # policy's, by another factor in each minibatch.
         norms = [torch.nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
                  for group in optimizer.param_groups]
-        # Adam's first steps have full length whatever the gradient: without a warm-up the very
-        # first update moves the policy further (approx_kl 0.13) than the ten that follow.
-        # Then a cosine over the updates, as in the paper. At a constant rate the gain of the
-        # first updates is lost again: the rule is read less and less well (README).
+        # Warm-up: Adam's first steps are about lr long, however small the gradient. Without it the
+        # very first update moved the policy further (approx_kl 0.13) than any of the next ten.
+        # Then a cosine over the updates, as in the paper. At a constant rate an earlier, weaker
+        # backbone lost its first gain again (one seed; README, "What does not reproduce").
         scale = 0.5 * (1 + math.cos(math.pi * update / args.updates))
         scale *= min(1.0, (done + len(log) + 1) / max(1, args.warmup))
         for group, peak in zip(optimizer.param_groups, (args.lr, args.value_lr)):
@@ -446,7 +458,7 @@ def self_check(rows, episodes, backbone, split, temperature=0.6):
     # bf16 rounds differently in batches of other shapes, and a low temperature magnifies that. A
     # few tokens may differ much then; all of them on average only if something is wrong.
     exact = backbone.device.type == "cpu" and backbone.model.dtype == torch.float32
-    gap, limit = (gaps.max().item(), 1e-4) if exact else (
+    gap, limit = (gaps.max().item(), 1e-4 / min(1, temperature)) if exact else (
         gaps.mean().item(), 0.05 / temperature)
     if not gap < limit:
         raise Problem(f"self-check: sampler and update disagree on log p by {gap:.2g}: wrong "
@@ -478,13 +490,13 @@ def inspect(rows, episodes, backbone):
     episode = episodes[row["tries"][0][0]]
     print("pos  token                     mask   log p   value  reward  advantage  return")
     answer = iter(row["logprobs"].tolist())
-    ends = {end: k for k, end in enumerate(row["ends"])}
+    judged = {end: k for k, end in enumerate(row["value_at"])}
     for i, (token, m) in enumerate(zip(row["ids"], row["mask"])):
         text = repr(backbone.tokenizer.decode([token]))
         line = f"{i:3d}  {text if len(text) < 25 else text[:21] + '...':25s} {m:3d}"
         line += f"  {next(answer):7.3f}" if m else ""
-        if i in ends:
-            k = ends[i]                         # number of the try in this row, not in the episode
+        if i in judged:
+            k = judged[i]                   # number of the try in this row, not in the episode
             reward = episode.turns[row["tries"][k][1]].reward
             line += (f"           {row['values'][k]:6.2f}  {reward:+6.1f}  "
                      f"{row['advantages'][k]:9.2f}  {row['returns'][k]:6.2f}")
@@ -504,12 +516,16 @@ def make_start(args, backbone):
     key = {k: v for k, v in vars(wanted).items() if v is not None and k in (
         "task", "model", "split", "seed", "steps", "start_step", "batch", "lr", "picture_size",
         "routes", "dtype", "freeze", "preset", "announce")}
-    folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}"
-    path = folder / f"step-{args.sft_start_step:06d}"
-    made = read_lines(folder / "made.jsonl")        # written last: without it, a kill came first
-    if (path / "state.pt").exists() and made == [key]:
-        print(f"SFT start: {path} (made by an earlier run)")
-        return path
+    for number in itertools.count(1):
+        folder = pathlib.Path("runs") / (f"start-{args.task}-s{args.seed}"
+                                         + f"-{number}" * (number > 1))
+        path = folder / f"step-{args.sft_start_step:06d}"
+        made = read_lines(folder / "made.jsonl")    # written last: without it, a kill came first
+        if made == [key] and (path / "state.pt").exists():
+            print(f"SFT start: {path} (made by an earlier run)")
+            return path
+        if made in ([], [key]):         # else: made with other flags; another run may be using it
+            break
     print(f"SFT start: none given, so {args.sft_start_step} steps of SFT first, into {path}")
     shutil.rmtree(folder, ignore_errors=True)
     path = sft.run_sft(wanted, folder, stop_at=args.sft_start_step, backbone=backbone)
@@ -530,7 +546,8 @@ def main():
     for name, kind, default, text in (
             ("updates", int, 24, "PPO updates (paper: 20; V-IRL: 15)"),
             ("episodes", int, 256, "episodes an update (paper: about 500, as 2,048 tries)"),
-            ("tries", int, gp_env.TRIES, "answers a hand, or a position (paper: 5; V-IRL: 2)"),
+            ("tries", int, gp_env.TRIES, "answers a hand, or a position, in training; evaluations "
+             "keep 5 and 2 (paper: 5; V-IRL: 2)"),
             ("temperature", float, 0.6, "of sampling and of the ratio (paper: 0.2)"),
             ("max-new-tokens", int, 48, "longest answer in tokens (paper: 512); the small backbone "
              "spells real names out: with --routes take 200"),
@@ -587,19 +604,19 @@ def main():
     run(args)
 
 
-def compute(task, size, counts):
+def compute(task, size, counts, passes=2):
     """FLOPs so far: by the paper's formula (README eq. 6) and really spent (eq. 7).
 
     size: parameters N. counts: tokens that went through SFT before this run ("init"), through PPO's
     forward and backward passes ("trained"), and that the sampler read ("sampled"). The paper
     charges 2 N * 6 * D_RL for sampling (V-IRL: 5.1), as if every new token read the whole
     conversation again; with a cache the sampler reads each token once, and the scoring pass once
-    more.
+    more (passes = 2; the reference of --kl-coef makes it 3).
     """
     again = 5.1 if task.startswith("virl") else 6
     training = 6 * size * (counts["init"] + counts["trained"])
     return {"flops": training + 2 * size * again * counts["trained"],
-            "flops_spent": training + 2 * size * 2 * counts["sampled"]}
+            "flops_spent": training + 2 * size * passes * counts["sampled"]}
 
 
 def estimate(backbone, args, cells):
@@ -643,8 +660,12 @@ def run(args):
               "" if look_only else f", into {folder}\nabout {minutes:.0f} minutes on this machine"),
           flush=True)
     saved = checkpoints(folder) if folder and args.resume else []
-    start = args.model if args.from_backbone or args.dry_run else (
-        args.init or make_start(args, backbone))
+    if args.from_backbone or args.dry_run:
+        start = args.model
+    elif args.init or (saved and args.kl_coef == 0):
+        start = args.init or saved[-1][1]               # a resumed run needs its start no more
+    else:
+        start = make_start(args, backbone)
 
     # --- the policy, its critic, and the optimiser of both
     if not args.dry_run:
@@ -664,7 +685,7 @@ def run(args):
         counts = state["counts"]
     elif (pathlib.Path(start) / "state.pt").exists():
         counts["init"] = load_state(start).get("tokens", 0)
-    reference = sft.open_backbone(args, start) if args.kl_coef > 0 else None
+    reference, passes = (sft.open_backbone(args, start), 3) if args.kl_coef > 0 else (None, 2)
     size = task_parameters(model, pictures=sft.pictured(args.task))
     if not look_only:
         resume_at = first if saved else None
@@ -673,11 +694,12 @@ def run(args):
     def measure(step, hands):
         """Evaluate on seen and held-out hands, print, and write eval.jsonl."""
         at = time.time()
-        results, _ = evaluate(backbone, cells, ["train", args.eval_split], hands,
+        splits = ["all"] if args.split == "all" else ["train", args.eval_split]
+        results, _ = evaluate(backbone, cells, splits, hands,
                               args.eval_temperature, args.sample_batch or 256,
                               args.max_new_tokens, task=args.task,
                               shown=sft.picture_options(args), where=sft.places(args))
-        measured.write({"step": step, "hands": hands} | compute(args.task, size, counts)
+        measured.write({"step": step, "hands": hands} | compute(args.task, size, counts, passes)
                        | {"cells": results})
         tqdm.write(f"after update {step}, {hands} episodes a cell ({time.time() - at:.0f} s):")
         show(results)
@@ -718,7 +740,7 @@ def run(args):
         counts["trained"] += numbers["tokens_trained"]
         counts["sampled"] += sum(len(r["ids"]) for r in rows)
         row = {"step": update + 1} | summary(rows, episodes) | numbers
-        row |= compute(args.task, size, counts) | {
+        row |= compute(args.task, size, counts, passes) | {
             "seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
         metrics.write(row)
         steps = f"  per step {row['per_step']:6.1%}" if "per_step" in row else ""

@@ -100,8 +100,8 @@ def guarded(main):
         sampling = "play" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         turn = ("lower --batch (episodes at once)" if name == "evaluate.py" else
                 "lower --sample-batch (episodes at once)" if sampling else
-                "lower --micro-batch (the result stays the same), or add --grad-checkpoint, "
-                "--dtype bfloat16, --freeze vision")
+                "lower --micro-batch or add --grad-checkpoint (the result stays the same); or "
+                "begin anew, in another --out, with --dtype bfloat16 or --freeze vision")
         print(f"{name}: out of GPU memory: {turn}; what was saved is not lost, {again}",
               file=sys.stderr)
         return 2
@@ -127,9 +127,9 @@ class Backbone:
     before_answer: str      #   + before_next + MESSAGE + before_answer + ANSWER <end> ...
     before_next: str
     checkpointing: bool = False     # recompute activations in the backward pass
-    processor: object = None        # turns pictures into tensors; None if the model cannot see:
-    blind: str = "it is a text-only model"                      # ... and then this is why
-    before_picture: str = ""        # before_first of a turn with a picture, which it has a mark of
+    processor: object = None        # turns pictures into tensors; None if the model cannot see
+    why_blind: str = "it is a text-only model"      # what the user is told in that case
+    before_picture: str = ""        # before_first for a turn with a picture, the image token in it
     refused: int = 0                # optimiser steps in a row whose gradient was not finite
 
     @property
@@ -182,9 +182,9 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:      # the loaders raise a dozen types for one thing: cannot load
         raise Problem(f"--model {name}: {why_not(error, local)}") from None
-    processor, blind = load_processor(name, local, config) if sees else (None, "")
+    processor, why_blind = load_processor(name, local, config) if sees else (None, "")
     backbone = wrap_backbone(model.to(device).eval(), tokenizer, name, processor)
-    backbone.blind = blind or backbone.blind
+    backbone.why_blind = why_blind or backbone.why_blind
     return checkpointed(backbone) if grad_checkpoint else backbone
 
 
@@ -295,7 +295,7 @@ def wrap_backbone(model, tokenizer, name="model", processor=None):
     else:
         raise Problem(f"--model {name}: its chat template {trouble}")
     before_first, before_answer = once.split("UUU")
-    before_picture, blind = "", "" if processor is not None else Backbone.blind
+    before_picture, why_blind = "", "" if processor is not None else Backbone.why_blind
     if processor is not None:
         shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "UUU"}]}]
         try:
@@ -306,7 +306,7 @@ def wrap_backbone(model, tokenizer, name="model", processor=None):
             if after_shown != before_answer:
                 raise ValueError("it changes more than the start of a turn")
         except Exception as error:      # in words it may still do well
-            processor, blind = None, f"its chat template does not take a picture ({error})"
+            processor, why_blind = None, f"its chat template does not take a picture ({error})"
     after_answer = whole.split("AAA")[1].split("FFF")[0]
     end_id = (tokenizer(after_answer, add_special_tokens=False)["input_ids"] or [None])[0]
     end_text = "" if end_id is None else tokenizer.convert_ids_to_tokens(end_id)
@@ -331,8 +331,8 @@ def wrap_backbone(model, tokenizer, name="model", processor=None):
                     end_ids=list(dict.fromkeys([end_id] + [i for i in listed if i is not None])),
                     banned=sorted(i for i in banned if i is not None and i < rows),
                     before_first=before_first, before_answer=before_answer,
-                    before_next=after_answer[len(end_text):], processor=processor, blind=blind,
-                    before_picture=before_picture)
+                    before_next=after_answer[len(end_text):], processor=processor,
+                    why_blind=why_blind, before_picture=before_picture)
 
 
 def crossing_layers(model):
@@ -340,7 +340,7 @@ def crossing_layers(model):
     return list(getattr(model.config.get_text_config(), "cross_attention_layers", None) or [])
 
 
-def sight(model):
+def picture_parameters(model):
     """Names of the parameters that only pictures reach: eyes, projector, layers that look."""
     parts = ["vision", "multi_modal", "visual", "connector"]
     parts += [f"language_model.layers.{i}." for i in crossing_layers(model)]
@@ -367,7 +367,7 @@ def freeze(model, what):
 
 def task_parameters(model, pictures=False):
     """The paper's N: all parameters for a task in pictures, for text those that text reaches."""
-    skip = set() if pictures else sight(model)
+    skip = set() if pictures else picture_parameters(model)
     return sum(p.numel() for name, p in model.named_parameters() if name not in skip)
 
 
@@ -383,7 +383,7 @@ def user_ids(backbone, text, first):
                               add_special_tokens=False)["input_ids"]
 
 
-def look(backbone, text, image):
+def encode_picture(backbone, text, image):
     """A first user turn that shows a picture -> (token ids, the picture as a dict of tensors).
 
     image: a PIL picture. Its place in the ids is one mark (Mllama: layers of its own look at the
@@ -391,7 +391,7 @@ def look(backbone, text, image):
     Raises Problem if the model cannot see, or cannot see this.
     """
     if backbone.processor is None:
-        raise Problem(f"the model cannot see: {backbone.blind}")
+        raise Problem(f"the model cannot see: {backbone.why_blind}")
     size = getattr(image, "size", (0, 0))
     if getattr(image, "mode", "") != "RGB" or min(size) < 16 or max(size) > 16 * min(size):
         raise Problem(f"a picture must be RGB, 16 pixels or more a side and not 16 times as long "
@@ -413,7 +413,7 @@ def look(backbone, text, image):
                                   add_special_tokens=False)
         ids = seen["input_ids"][0].tolist()
     # what is left is about the picture; its mask over the tokens has to grow with the
-    # conversation, so it is made where the tokens are (may_look)
+    # conversation, so it is made where the tokens are (cross_mask)
     apart = ("input_ids", "attention_mask", "token_type_ids", "num_tiles")
     return ids, {key: value for key, value in seen.items() if key not in apart}
 
@@ -441,7 +441,8 @@ def position_shift(backbone, ids, grid):
 def token_positions(backbone, pictures, count):
     """Where each token of a batch stands: (B, T), for m-RoPE (3, B, T).
 
-    pictures: for each row `look`'s tensors or None. count (B, T): tokens of the row before it.
+    pictures: for each row `encode_picture`'s tensors or None. count (B, T): tokens of the row
+    before it.
     """
     if not mrope(backbone.model):
         return count
@@ -462,7 +463,7 @@ def answer_ids(backbone, text):
 def encode(backbone, conversation):
     """Token ids and loss mask of a conversation, both lists of the same length.
 
-    One that opens with a picture has a third entry, the picture as tensors (`look`).
+    One that opens with a picture has a third entry, the picture as tensors (`encode_picture`).
 
     Segments are tokenised apart and joined, because that is what RL sees: a prompt, then sampled
     ids, then a message. Encoding the whole text at once could merge tokens across the border, and
@@ -477,7 +478,7 @@ def encode(backbone, conversation):
     for i, turn in enumerate(conversation):
         if turn.get("image") is not None:
             assert i == 0, "a picture belongs to the first turn"
-            part, picture = look(backbone, turn["content"], turn["image"])
+            part, picture = encode_picture(backbone, turn["content"], turn["image"])
             pictures.append(picture)
         elif turn["role"] == "user":
             part = user_ids(backbone, turn["content"], first=i == 0)
@@ -500,7 +501,8 @@ def pad(rows, fill=0):
 # ------------------------------------------------------------------------------------------------
 
 
-# How a language model sees. There are two ways, and the next five functions keep them apart:
+# Nothing in the next five functions is called in a text task: on a first reading, go to `trunk`.
+# How a language model sees. There are two ways, and these functions keep them apart:
 #   placeholders (LLaVA, Idefics3,  the picture takes k places of the sequence; what the eyes saw
 #   SmolVLM, Qwen2.5-VL)            stands there instead of embeddings, attended to as text is
 #   crossing (Mllama, the paper's)  one mark in the sequence; a few layers of their own attend from
@@ -510,7 +512,7 @@ def pad(rows, fill=0):
 
 
 def join_pictures(backbone, pictures):
-    """The tensors of all pictures of a batch, one after the other. pictures: see `see`."""
+    """The tensors of all pictures of a batch, joined. pictures: see `picture_inputs`."""
     shown = [picture for picture in pictures if picture is not None]
     try:
         # rows without a picture take no place here: the ids say whose picture comes next
@@ -540,7 +542,7 @@ def cross_states(backbone, pictures):
             for part in (states, seen["aspect_ratio_mask"].flatten(1))]
 
 
-def may_look(backbone, ids, tiles, looking=False):
+def cross_mask(backbone, ids, tiles, looking=False):
     """Mllama: (B, T, 1, tiles), 1 where a token sees a tile: from its row's picture mark on.
 
     tiles (B, tiles) of `cross_states`. looking (B, 1): the mark came before these ids (B, T).
@@ -549,10 +551,11 @@ def may_look(backbone, ids, tiles, looking=False):
     return ((passed | looking)[:, :, None] * tiles[:, None, :])[:, :, None, :]
 
 
-def see(backbone, ids, pictures):
+def picture_inputs(backbone, ids, pictures):
     """What the trunk needs beside the tokens when some rows of a batch show a picture.
 
-    ids (B, T). pictures: for each row the dict of tensors from `look`, or None in a row of text.
+    ids (B, T). pictures: for each row the dict of tensors from `encode_picture`, or None in a row
+    of text.
     Returns keyword arguments, none without a picture: text is read as if there were no eyes.
     """
     if all(picture is None for picture in pictures):
@@ -562,13 +565,16 @@ def see(backbone, ids, pictures):
         return join_pictures(backbone, pictures)
     states, tiles = cross_states(backbone, pictures)
     return {"cross_attention_states": states,
-            "cross_attention_mask": may_look(backbone, ids, tiles)}
+            "cross_attention_mask": cross_mask(backbone, ids, tiles)}
 
 
 def trunk(backbone, ids, lengths, pictures=None):
-    """One pass through the transformer. ids (B, T) right-padded, lengths (B,) -> hidden (B, T, H).
+    """Hidden states of the whole transformer, before the output layer makes logits of them.
 
-    pictures: None, or for each row what `look` made of its picture, None in a row of text.
+    "Trunk" means this part everywhere: the policy's output layer and the critic stand on it.
+    ids (B, T) right-padded, lengths (B,) -> hidden (B, T, H).
+    pictures: None, or for each row what `encode_picture` made of its picture, None where the row
+    is text.
     Padding stands to the right and attention is causal, so no real token ever looks at it.
     """
     count = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
@@ -579,7 +585,7 @@ def trunk(backbone, ids, lengths, pictures=None):
     with precision(backbone):
         return backbone.model.base_model(
             input_ids=ids, attention_mask=inside.long(), use_cache=False, **where,
-            **see(backbone, ids, pictures or [])).last_hidden_state
+            **picture_inputs(backbone, ids, pictures or [])).last_hidden_state
 
 
 def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
@@ -604,8 +610,10 @@ def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
     wanted = mask[:, 1:].bool()
     with precision(backbone):
         logits = backbone.model.get_output_embeddings()(hidden[:, :-1][wanted])     # (N, V)
-    logits = logits.float() / temperature       # float32 before the softmax: bf16 rounds log p
-    if backbone.banned:                         # to 1/32, which alone moves a PPO ratio by 3 %
+    # float32 before the softmax: a log p in bf16 is rounded to 1/32 or worse, and that alone moves
+    # a PPO ratio by 3 %. (The logits themselves are bf16 where the weights are, or autocast is.)
+    logits = logits.float() / temperature
+    if backbone.banned:
         logits[:, backbone.banned] = -torch.inf
     logprobs = torch.log_softmax(logits, dim=-1)                                    # (N, V)
     entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0)).sum(-1)
@@ -688,6 +696,15 @@ def write_json(path, value):
     aside.rename(path)
 
 
+def read_json(path):
+    """The dict in a JSON file; {} if there is none, or none that can be read."""
+    try:
+        value = json.loads(pathlib.Path(path).read_text())
+        return value if isinstance(value, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
 def read_lines(path):
     """The rows (dicts) of a .jsonl file up to the first damaged line; [] if there is no file."""
     rows = []
@@ -755,6 +772,8 @@ def stochastic(value, generator):
 class AdamW16:
     """AdamW without weight decay (Loshchilov and Hutter 2019) in 10 bytes a parameter, not 16.
 
+    Float32 weights do not need it: on a first reading, go on to `take_step`.
+
     Why plain bf16 stands still: it has 8 bits of mantissa. The neighbours of a weight of 0.02 are
     1.2e-4 away, a step of Adam is about lr = 1e-6, and 0.02 + 1e-6 rounds back to 0.02. (Weights of
     standard deviation 0.02: after 100 equal steps they have moved by 2 % of what was asked.) The
@@ -770,8 +789,8 @@ class AdamW16:
                             neighbours are 1/256 to 1/128 away
 
     107 GB at 11B; weights that no gradient reaches (text: the eyes) cost 2 bytes. The critic is
-    float32 and keeps float32 moments. Used like an optimiser of torch. Its chance is a function of
-    the number of steps alone: there is nothing of it to save, and nobody else's is touched.
+    float32 and keeps float32 moments. Used like an optimiser of torch. The generator of the random
+    rounding is seeded with the number of the step, so there is no state of it to save.
     """
 
     def __init__(self, groups, betas, eps=1e-7, chunk=2 ** 24):
@@ -868,7 +887,7 @@ def check_refused(backbone, path):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2-7. The loop
+# 2.-7. The loop
 # ------------------------------------------------------------------------------------------------
 
 
@@ -963,7 +982,9 @@ def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, re
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup, cooldown)
+        # --- 2. draw, 3. encode
         rows = [encode(backbone, conversation) for conversation in draw(step)]
+        # --- 4. forward, 5. loss, 6. backward: `sft_loss` adds up the gradients of micro-batches
         try:
             loss, fed = sft_loss(backbone, rows, micro_batch)
         except torch.OutOfMemoryError:
@@ -973,6 +994,7 @@ def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, re
         take_step(backbone, optimizer, [torch.nn.utils.clip_grad_norm_(parameters, 1.0)])
         tokens += fed
         losses.append(loss)
+        # --- 7. measure and save
         if step + 1 in save_at or step + 1 == stop_at or backbone.refused >= 3:
             row = {"step": step + 1, "loss": sum(losses) / len(losses), "tokens": tokens,
                    "flops": 6 * count * tokens, "lr": optimizer.param_groups[0]["lr"]}
@@ -1158,7 +1180,7 @@ def new_eyes(reader, seed):
     """
     tokenizer = reader.tokenizer
     model = build_model(tokenizer, seed)
-    own = sight(model)
+    own = picture_parameters(model)
     model.load_state_dict({name: value for name, value in reader.model.state_dict().items()
                            if name not in own}, strict=False)
     with torch.no_grad():
@@ -1217,9 +1239,10 @@ def by_quarter(states, columns):
 def pretrain_tower(backbone, name, seed, steps, batch=32, peak=3e-3, report=None):
     """First lesson of the eyes, without a word: every patch names what its quarter shows.
 
-    Taught through the language model alone, new eyes stay on a plateau for hundreds of steps: what
-    they say is noise, so no layer listens, so nothing tells them to see better. That is why real
-    vision-language models graft a tower that can see already (Llama 3.2's learnt from captions).
+    Taught through the language model alone, new eyes stay on a plateau for hundreds of steps: they
+    put out noise, the language layers learn to ignore it, and what is ignored gets no gradient that
+    tells it to see better. That is why real vision-language models graft a tower that can see
+    already (Llama 3.2's learnt from captions).
     Here a linear head answers the environment's EYE_QUESTIONS (rank and suit of a card; kind of
     place in a view) off each patch of the quarter in question. Most of those patches show cloth,
     plain card or sky: to answer, they must ask their neighbours, and afterwards any of them can be
@@ -1308,7 +1331,7 @@ def build_eyes(name, folder, seed, tower_steps, steps, batch, lr, resume):
                  save_at=save_at, micro_batch=16, resume=resume, probe=probe, report=report,
                  cooldown=int(0.4 * steps), pictures=True)
     made, before = load_backbone(last), reader.model.state_dict()
-    hidden = sight(made.model)
+    hidden = picture_parameters(made.model)
     if not all(torch.equal(value, before[key]) for key, value in made.model.state_dict().items()
                if key not in hidden):
         raise Problem(f"the text weights are not those of backbones/{name} any more: it was "
@@ -1551,7 +1574,7 @@ def pictured(task):
 def check_sight(backbone, task, name):
     """Refuse to show pictures to a model that cannot see. Raises Problem."""
     if pictured(task) and backbone.processor is None:
-        raise Problem(f"--task {task}: {name} cannot see: {backbone.blind}")
+        raise Problem(f"--task {task}: {name} cannot see: {backbone.why_blind}")
 
 
 def run_sft(args, folder, stop_at=None, report=None, backbone=None):
@@ -1605,7 +1628,7 @@ def run_sft(args, folder, stop_at=None, report=None, backbone=None):
                  report=report, stop_at=stop_at, pictures=pictured(args.task))
 
 
-def common_flags(parser, sft_defaults=True):
+def common_flags(parser):
     """The flags that sft.py and rl.py share."""
     group = parser.add_argument_group("what to run")
     group.add_argument("--task", choices=TASKS, default="gp-l", help="default gp-l")
@@ -1739,8 +1762,9 @@ def open_run(folder, args, kind):
     if folder.exists() and not folder.is_dir():
         raise Problem(f"--out {folder}: that is a file, not a folder")
     free = ("resume", "out", "threads", "device", "stop_step", "micro_batch", "grad_checkpoint",
-            "dry_run", "random_weights", "record")
-    # ... these change no result; with any other flag changed, --resume would mix two runs
+            "dry_run", "random_weights", "record", "sample_batch")
+    # ... these change no result (the last one the draws, not what they are drawn from); with any
+    # other flag changed, --resume would mix two runs
     settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in free}
     if HERE in pathlib.Path(args.model).parents:        # the same run, wherever the project lies
         settings["model"] = str(pathlib.Path(args.model).relative_to(HERE))

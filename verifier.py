@@ -25,7 +25,8 @@ How an answer on a walk is judged (`verify_virl`):
 
 An answer is HOSTILE INPUT: the policy is paid for whatever this file believes. So the formula is
 parsed and never handed to Python's eval; arithmetic is exact (8/(3-8/3) is 24 here, and 23.999...
-in floating point); text length, bracket depth and digits are limited; there is no way to raise.
+in floating point); text length, bracket depth and digits are limited; and whatever an answer holds,
+verify_gp and verify_virl return a verdict and raise nothing.
 
     >>> verify_gp('{"cards": ["8","3","8","3"], "number": [8,3,8,3], "formula": "8/(3-8/3)=24"}',
     ...           ["8", "3", "8", "3"], [8, 3, 8, 3]).kind
@@ -208,7 +209,7 @@ def read_answer(text):
     Linear in len(text); never raises.
     """
     found = {"formula": []}
-    try:                                              # strict JSON: pairs keep repeated keys
+    try:    # as (key, value) pairs: a dict would hide the first of two "formula" fields
         pairs = json.loads(text, object_pairs_hook=list)
     except (ValueError, RecursionError):
         pairs = None
@@ -218,11 +219,11 @@ def read_answer(text):
             if key == "formula":
                 found["formula"].append(value if isinstance(value, str) else "")
             elif key in ("cards", "number", "numbers") and isinstance(value, list):
-                found[key[:6].rstrip("s") if key != "cards" else key] = [
+                found["cards" if key == "cards" else "number"] = [
                     str(v) for v in value if isinstance(v, (str, int))]
         if found["formula"]:
             return found
-        found = {"formula": []}                       # an object in an object: read it loosely
+        found = {"formula": []}         # no formula at the top level: read it loosely
     keys = list(_FIELD.finditer(text))
     for key, following in zip(keys, keys[1:] + [None]):
         body = text[key.end():following.start() if following else len(text)]
@@ -249,7 +250,7 @@ def verify_gp(text, cards, numbers, target=24, picture=False):
         formula for cards 2 3 J 5, J = 11       kind            reward
         (11-3)*(5-2)=24                         correct         +5
         11+5+3+2=24                             wrong value     -1
-        10+5*3-2=24  (J taken for 10)           wrong numbers   -2
+        (5-3)*(10+2)=24  (J taken for 10)       wrong numbers   -2
         11++5                                   illegal         -3
     """
     fields = read_answer(text[:MAX_ANSWER])
@@ -299,7 +300,7 @@ def _judge_formula(formulas, answer_length, numbers, target):
 # answer claims to see decides only how a wrong action is paid, and is reported for every answer.
 VIRL_REWARDS = {
     "correct": 1.0,         # the expert's action at this position
-    "wrong action": -1.0,   # another action, or none, although the surroundings were read right
+    "wrong action": -1.0,   # another action, the surroundings read right; or no action, or several
     "misread": -1.5,        # another action, and a landmark or the intersection was read wrongly
     "out of tries": -1.0,   # added to the last failed try at a position
 }
@@ -363,9 +364,11 @@ def read_walk(text):
         pairs = None
     if isinstance(pairs, list) and all(isinstance(p, tuple) for p in pairs):
         for key, value in pairs:
-            if key in found:
-                found[key].append(value if isinstance(value, str) else "")
-        return found
+            if key.lower() in found:
+                found[key.lower()].append(value if isinstance(value, str) else "")
+        if found["action"]:
+            return found
+        found = {key: [] for key in found}      # not where it should be: read loosely
     keys = list(_WALK_FIELD.finditer(text))
     for key, following in zip(keys, keys[1:] + [None]):
         body = text[key.end():following.start() if following else len(text)].lstrip()

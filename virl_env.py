@@ -31,6 +31,9 @@ Positions in a generated city are (x, y) in metres, x to the east and y to the n
     python virl_env.py --write runs/alder         the city as files, in the released format
     python virl_env.py --routes nyc_1k_routes     the paper's data, after you have downloaded it
 
+On a first reading take parts 2, 4 and 5. The others supply routes and pictures; nothing about
+learning is in them.
+
 Read before: verifier.py, gp_env.py. Read next: sft.py.
 """
 
@@ -464,7 +467,8 @@ def split_routes(count, split):
 # 2. The rail: the positions that an episode visits
 # ------------------------------------------------------------------------------------------------
 
-KINDS = ("first turn", "later turn", "forward", "stop")     # the paper's action types, turns apart
+# The paper's three types of action; turns are split into the first of a walk and the later ones.
+KINDS = ("first turn", "later turn", "forward", "stop")
 
 
 @dataclass(frozen=True)
@@ -632,9 +636,9 @@ class Navigation:
 
     where: a generated city, a folder in the released format, or an Atlas. rule: a key of RULES.
     split: "train", "val", "test" or "all". picture: (width, height) of the 2 x 2 picture, or None
-    for text. go_on: after the last failed try the rail goes on with the expert's action, and the
-    episode ends at the destination: accuracy by kind of action, not of the first turn alone (in the
-    paper's setting a walk ends at the first position missed, and the first is always a turn).
+    for text. go_on: what follows the last failed try at a position. False, as in the paper: the
+    walk ends. (Its first position is always a turn: a model that fails at turns is measured on
+    nothing else.) True: the expert's action is taken and the walk goes on to its destination.
     scoring_rule: the `fake` probe, as in gp_env.py: the prompt states `rule`, this one is scored.
     announce: with pictures, tell when the walker stands at an intersection, as the paper does; a
     walk can then be made with closed eyes, for all else is written in the steps.
@@ -1242,8 +1246,9 @@ def backbone_conversations(rng, count, cities=8):
     verifier's message.
 
     The prompt is learnt, too, as all text is when a language model is pretrained: the walk
-    so far holds ten times as many observations and actions to predict as the answer. One in five
-    sends its reader to a picture that is not there: what should be seen follows from the steps.
+    so far holds ten times as many observations and actions to predict as the answer. One prompt in
+    five says "see the picture" though there is none; what is to be seen has to be inferred from the
+    steps.
     """
     return [_backbone_conversation(rng, open_atlas(f"wild-{rng.integers(cities)}"), None)
             for _ in range(count)]
@@ -1278,7 +1283,8 @@ def _backbone_conversation(rng, atlas, picture, routes=None):
     if rng.random() < 0.5:
         at = pick([i for i, position in enumerate(rail) if position.kind != "forward"])
     here = rail[at]
-    # Three in ten name just the two words that the task names, and so allow just these two.
+    # In three of ten the steps are worded as in the task. They name the compass word and the
+    # relative word only, so the legal words must be one of these two vocabularies.
     both = rng.random() < 0.3
     vocabulary = pick(sorted(RULES.values()) if both else sorted(VOCABULARIES))
     words, turn = VOCABULARIES[vocabulary], TURN if both else pick(OTHER_TURNS)

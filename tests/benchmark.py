@@ -90,7 +90,7 @@ def play_naive(backbone, args):
             answer = answer[:ends[0] + 1] if ends else answer
             k = len(episodes[e].turns)
             rows.append({"ids": said[e] + answer, "mask": [0] * len(said[e]) + [1] * len(answer),
-                         "ends": [len(said[e]) - 1], "tries": [(e, k)]})
+                         "value_at": [len(said[e]) - 1], "tries": [(e, k)]})
             text = backbone.tokenizer.decode(answer, skip_special_tokens=True)
             observation, reward, terminated, truncated, info = envs[e].step(text)
             episodes[e].turns.append(evaluate.Turn(said[e], answer, [], text, reward,
@@ -149,7 +149,7 @@ def picture_path(backbone, args):
     clock = [stopwatch(backbone.device)]
     seen = [env.reset(seed)[0] for env, seed in zip(envs, seeds)]
     clock.append(stopwatch(backbone.device))
-    pictures = [sft.look(backbone, one["text"], one["image"])[1] for one in seen]
+    pictures = [sft.encode_picture(backbone, one["text"], one["image"])[1] for one in seen]
     clock.append(stopwatch(backbone.device))
     parts = [pictures[i:i + args.micro_batch] for i in range(0, len(pictures), args.micro_batch)]
     with torch.no_grad():

@@ -9,7 +9,9 @@ reads it in one go. Both must find the same log-probabilities, or PPO learns fro
 import copy
 import doctest
 import gc
+import itertools
 import json
+import math
 import random
 import weakref
 
@@ -356,13 +358,16 @@ def test_numbers_read_asks_about_the_stated_rule():
 # ------------------------------------------------------------------------------------------------
 
 
-def write_run(folder, kind, seed, values):
+def write_run(folder, kind, seed, values, task="gp-l", tries=(100,), **flags):
     """A finished run with one cell triple at each step. values: {step: rate}."""
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps({"kind": kind, "seed": seed}))
+    (folder / "args.json").write_text(json.dumps(
+        {"kind": kind, "seed": seed, "task": task} | flags))
     rows = [{"step": step, "hands": 100, "flops_spent": 1e12 * (step + 1), "cells": {
-        cell: {"success": rate, "numbers_read": rate / 2}
-        for cell in ("seen/id", "held-out/id", "held-out/ood")}} for step, rate in values.items()]
+        cell: {"success": rate, "numbers_read": rate / 2, "per_step": rate, "per_step_on": rate,
+               "turns": rate, "steps": count, "steps_on": count, "turn_tries": count}
+        for cell in ("seen/id", "held-out/id", "held-out/ood")}}
+        for (step, rate), count in zip(values.items(), itertools.cycle(tries))]
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -379,6 +384,15 @@ def test_curve_is_mean_and_range_over_seeds(tmp_path):
         (1e12, pytest.approx(7.5), pytest.approx(5), pytest.approx(10)),
         (6e12, pytest.approx(35), pytest.approx(35), pytest.approx(35))]
     assert evaluate.curve(runs, "sft", "no such cell") == []
+    # an arm of SFT with checkpoints before the start: its points stand in the order of compute
+    early = [("rl", 0, [dict(runs[0][2][0], flops_spent=4e12)]),
+             ("sft", 0, [dict(runs[0][2][0], step=step, flops_spent=step * 1e12)
+                         for step in (3, 4, 5)])]
+    found = [spent for spent, *_ in evaluate.curve(early, "sft", "seen/id")]
+    assert found == [3e12, 4e12, 4e12, 5e12]
+    # one that never saw a picture did not pass the shared start
+    write_run(tmp_path / "e", "sft", 0, {9: 0.1}, drop_pictures=True)
+    assert len(evaluate.curve(evaluate.read_runs(tmp_path), "blind sft", "seen/id")) == 1
     # one measure against another: the steps in their order, wherever that leads, and no band
     for _, _, rows in runs:
         for row in rows:
@@ -421,9 +435,36 @@ def test_table_by_hand(tmp_path):
     assert len({len(row) for row in cells} | {head.count("|") - 1}) == 1, "a ragged table"
     line = next(row for row in cells if row[0] == "held-out/ood")
     assert line[1:4] == ["15.0 (10.0-20.0)", "40.0 (40.0-40.0)", "70.0 (60.0-80.0)"]
-    assert line[4].startswith("+25.0 [") and line[5].startswith("+55.0 [")
-    low, high = (100 * x for x in evaluate.gain(140, 200, 30, 200)[1:])     # 2 seeds, 100 hands
-    assert line[5] == f"+55.0 [{low:+.1f}, {high:+.1f}]"
+    # a seed is compared with its own start: SFT has no second one
+    assert line[4].startswith("+30.0 [") and line[4].endswith("] (+30.0 to +30.0)")
+    (_, low, high), (_, other_low, other_high) = (
+        evaluate.gain(80, 100, 10, 100), evaluate.gain(60, 100, 20, 100))
+    below, above = (100 * math.hypot(*x) / 2
+                    for x in ((0.7 - low, 0.4 - other_low), (high - 0.7, other_high - 0.4)))
+    assert line[5] == f"+55.0 [{55 - below:+.1f}, {55 + above:+.1f}] (+40.0 to +70.0)"
+
+
+def test_each_seed_counts_alike(tmp_path):
+    """Catches a seed that counts less because its walks ended early: it has fewer tries."""
+    for seed, (end, tries) in enumerate(((0.9, 1000), (0.1, 10))):
+        write_run(tmp_path / str(seed), "rl", seed, {0: 0.5, 10: end}, "virl-l", [500, tries])
+    *_, line = [line.split("|") for line in evaluate.table(
+        evaluate.read_runs(tmp_path, "virl-l"), "virl-l").splitlines() if "held-out/ood |" in line]
+    assert line[4].strip().startswith("+0.0 [") and line[4].strip().endswith("(-40.0 to +40.0)")
+
+
+def test_other_settings_are_left_out_by_name(tmp_path, capsys):
+    """Catches an ablation, or one seed twice, that is pooled with the runs of the comparison."""
+    for seed in (0, 1):
+        write_run(tmp_path / f"rl{seed}", "rl", seed, {0: 0.1, 10: 0.5}, lr=1e-4,
+                  from_backbone=False)
+    write_run(tmp_path / "bare", "rl", 0, {0: 0.0, 10: 0.0}, lr=1e-4, from_backbone=True)
+    write_run(tmp_path / "twice", "rl", 1, {0: 0.9, 10: 0.9}, lr=1e-4, from_backbone=False)
+    runs = evaluate.read_runs(tmp_path)
+    assert [seed for _, seed, _ in runs] == [0, 1]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and all(line.startswith("left out: ") for line in said)
+    assert "bare, for its --from-backbone" in said[0] and "twice, for its --seed" in said[1]
 
 
 @pytest.mark.parametrize("case", ["only SFT", "only RL", "not measured yet", "fewer cells"])
@@ -527,6 +568,24 @@ def test_a_measured_step_gets_the_cells_that_it_lacks(tiny, tmp_path, monkeypatc
         assert code == 0, error
     row, = map(json.loads, (tmp_path / "eval.jsonl").read_text().splitlines())
     assert list(row["cells"]) == ["held-out/id", "held-out/fake"] and row["hands"] == 2
+
+
+@pytest.mark.parametrize("args, more, words", [
+    ({"task": "gp-vl"}, [], ["--task", "gp-vl"]),
+    ({"picture_size": "640x320"}, [], ["--picture-size", "640x320"]),
+    ({}, ["--temperature", 1], ["--temperature", "0.6"]),
+    ({}, ["--batch", 1], ["--batch"]),
+])
+def test_a_run_is_measured_in_one_way(tiny, tmp_path, monkeypatch, capsys, args, more, words):
+    """Catches cells of another game, or of another temperature, written into the rows of a run."""
+    sft.save_checkpoint(tmp_path / "step-000001", tiny)
+    flags = ["--run", tmp_path, "--max-new-tokens", 2, "--splits", "test", "--hands", 2]
+    command(monkeypatch, capsys, evaluate, *flags)
+    before = (tmp_path / "eval.jsonl").read_text()
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    assert_one_line(*command(monkeypatch, capsys, evaluate, *flags, "--cells", "ood", *more),
+                    "evaluate.py: ", *words)
+    assert (tmp_path / "eval.jsonl").read_text() == before
 
 
 def test_a_run_of_rl_is_not_measured_as_one_of_sft(tiny, tmp_path, monkeypatch, capsys):

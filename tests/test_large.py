@@ -235,7 +235,7 @@ def test_released_folders_load_without_torchvision(kind, tmp_path):
     """Catches a model that is blind because its processor could also do videos."""
     known = hub_folder(kind, tmp_path)
     loaded = sft.load_backbone(tmp_path)
-    assert loaded.blind == "" and loaded.before_picture == "<|user|><image>"
+    assert loaded.why_blind == "" and loaded.before_picture == "<|user|><image>"
     assert (loaded.before_first, loaded.before_next) == (known.before_first, known.before_next)
     for conversation in pictured(2):
         one, two = (sft.encode(backbone, conversation) for backbone in (known, loaded))
@@ -277,7 +277,7 @@ def test_code_in_a_model_folder_is_not_run(tmp_path, file, monkeypatch):
         with pytest.raises(sft.Problem, match="cannot load"):
             sft.load_backbone(tmp_path)
     else:                           # the library has a class of its own: that one is used
-        assert sft.load_backbone(tmp_path).blind == ""
+        assert sft.load_backbone(tmp_path).why_blind == ""
     assert not (tmp_path / "touched").exists()
 
 

@@ -204,7 +204,7 @@ def test_a_recorded_step_never_asks_the_cpu(any_class, monkeypatch):
     monkeypatch.setattr(evaluate.Reader, "recorded_on", ("cpu",))
     reader = evaluate.Reader(any_class, 2)
     image = gp_env.GeneralPoints(picture=SIZE).reset(0)[0]["image"]
-    ids, picture = sft.look(any_class, "Which cards?", image)
+    ids, picture = sft.encode_picture(any_class, "Which cards?", image)
     with torch.no_grad():
         reader.read(torch.tensor([ids, ids]), torch.ones(2, len(ids), dtype=torch.long),
                     [picture, picture])
@@ -260,14 +260,14 @@ def test_text_is_read_as_if_there_were_no_eyes(any_class):
     alone = log_p(any_class, words)
     assert (torch.cat(together[1::2]) - alone).abs().max() < 1e-5
     # and a batch of text alone asks the model for nothing that it was not asked for before
-    assert sft.see(any_class, sft.pad([words[0][0]]), [None]) == {}
+    assert sft.picture_inputs(any_class, sft.pad([words[0][0]]), [None]) == {}
 
 
 def test_mllama_is_called_as_its_own_processor_would(seeing):
     """Catches a cross-attention mask or a mark at another place than transformers has them."""
     seeing.processor.bos_token = "<|user|>"             # it insists on one; this is in the text
     image = gp_env.GeneralPoints(picture=SIZE).reset(0)[0]["image"]
-    ids, picture = sft.look(seeing, "Which cards?", image)
+    ids, picture = sft.encode_picture(seeing, "Which cards?", image)
     batch = seeing.processor(text="<|user|><|image|>Which cards?<|end|><|assistant|>",
                              images=[[image]], return_tensors="pt", add_special_tokens=False)
     assert batch["input_ids"].tolist() == [ids]
@@ -323,7 +323,7 @@ def test_saved_and_loaded_model_still_sees(any_class, tmp_path):
     """Catches a processor that is not saved: the run's checkpoints would be blind."""
     sft.save_checkpoint(tmp_path / "model", any_class)
     loaded = sft.load_backbone(tmp_path / "model")
-    assert loaded.blind == "" and loaded.before_picture == any_class.before_picture
+    assert loaded.why_blind == "" and loaded.before_picture == any_class.before_picture
     conversation = pictured(1)[0]
     one, two = (sft.encode(backbone, conversation) for backbone in (any_class, loaded))
     assert one[:2] == two[:2] and same(one[2], two[2])
@@ -335,9 +335,9 @@ def test_a_picture_of_the_wrong_shape_is_refused(seeing, tiny):
     for picture in (Image.new("L", SIZE), Image.new("RGB", (400, 20)), Image.new("RGB", (8, 8)),
                     np.zeros((64, 128, 3))):
         with pytest.raises(sft.Problem, match="RGB"):
-            sft.look(seeing, "Look", picture)
+            sft.encode_picture(seeing, "Look", picture)
     with pytest.raises(sft.Problem, match="cannot see"):
-        sft.look(tiny, "Look", Image.new("RGB", SIZE))
+        sft.encode_picture(tiny, "Look", Image.new("RGB", SIZE))
 
 
 @pytest.mark.parametrize("template", [
@@ -349,9 +349,9 @@ def test_a_template_that_takes_no_picture_is_fit_for_words(tiny, template):
     processor = sft.build_processor(tiny.model, tiny.tokenizer)
     processor.chat_template = template
     backbone = sft.wrap_backbone(tiny.model, tiny.tokenizer, processor=processor)
-    assert backbone.processor is None and "chat template" in backbone.blind
+    assert backbone.processor is None and "chat template" in backbone.why_blind
     with pytest.raises(sft.Problem, match="chat template"):
-        sft.look(backbone, "Look", Image.new("RGB", SIZE))
+        sft.encode_picture(backbone, "Look", Image.new("RGB", SIZE))
 
 
 def test_a_second_picture_is_refused(seeing):
@@ -394,8 +394,8 @@ def test_learning_to_see_changes_no_text(monkeypatch, tmp_path):
     before = sft.load_backbone(tmp_path / "backbones" / "gp")
     made = sft.build_eyes("gp", tmp_path / "run", 1, 2, 2, batch=3, lr=1e-2, resume=False)
     after = sft.load_backbone(made)
-    own, first = sft.sight(after.model), before.model.state_dict()
-    assert after.blind == "" and made == tmp_path / "backbones" / "gp"
+    own, first = sft.picture_parameters(after.model), before.model.state_dict()
+    assert after.why_blind == "" and made == tmp_path / "backbones" / "gp"
     for name, value in after.model.state_dict().items():
         assert torch.equal(value, first[name]) == (name not in own), name
     rng = np.random.default_rng(0)
@@ -453,7 +453,7 @@ def test_only_what_sees_learns():
     rows = [sft.encode(backbone, turns) for turns in gp_env.pictured_conversations(
         np.random.default_rng(0), 2, SIZE)]
     sft.sft_loss(backbone, rows, 2)
-    own = sft.sight(backbone.model)
+    own = sft.picture_parameters(backbone.model)
     reached = {name for name, p in backbone.model.named_parameters()
                if p.grad is not None and p.grad.abs().max() > 0}
     late = "model.vision_model.gated_positional_embedding.tile_embedding.weight"
@@ -518,7 +518,7 @@ def test_models_that_cannot_see_are_refused(seeing, tmp_path, monkeypatch, capsy
 def test_the_shipped_backbone_reads_cards():
     """Catches weights that were shipped without their eyes: GP-VL would be played on noise."""
     shipped = sft.load_backbone(sft.DEFAULT_MODEL["gp-vl"])
-    assert shipped.blind == ""
+    assert shipped.why_blind == ""
     # 100 hands, 400 cards: three standard deviations of the rates asked for, 97 % and 90 %
     for suits, least in (("black", 0.97), ("red", 0.90)):
         rate = sft.read_right(shipped, "gp", suits, 100)
@@ -642,7 +642,7 @@ def test_rl_of_pictures_killed_and_resumed_is_the_same(at_work, monkeypatch, cap
     cells = rows_of(at_work / "whole" / "eval.jsonl")[-1]["cells"]
     assert [name for name in cells if "held-out" in name] == [
         f"held-out/{cell}" for cell in ("id", "ood", "visual", "both")]
-    assert sft.load_backbone(at_work / "killed" / "step-000002").blind == ""
+    assert sft.load_backbone(at_work / "killed" / "step-000002").why_blind == ""
     # the figures of pictures hold no run of text, and the other way round
     assert len(evaluate.read_runs(at_work, "gp-vl")) == 2
     with pytest.raises(sft.Problem, match="gp-l"):

@@ -104,12 +104,12 @@ def check_conversations(conversations):
     row, = conversations([episode])
     assert row["ids"] == [p, p, p, a, a, end, m, m, a, end]
     assert row["mask"] == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
-    assert row["ends"] == [2, 7]
+    assert row["value_at"] == [2, 7]
     assert row["tries"] == [(0, 0), (0, 1)]
     forgetful = Episode(None, "", [turn([p], [a, end], new=True), turn([p, p], [end], new=True)])
     rows = conversations([episode, forgetful])
     assert [row["tries"] for row in rows] == [[(0, 0), (0, 1)], [(1, 0)], [(1, 1)]]
-    assert (rows[2]["ids"], rows[2]["mask"], rows[2]["ends"]) == ([p, p, end], [0, 0, 1], [1])
+    assert (rows[2]["ids"], rows[2]["mask"], rows[2]["value_at"]) == ([p, p, end], [0, 0, 1], [1])
 
 
 def test_conversations_by_hand():
@@ -175,13 +175,13 @@ def test_value_has_not_seen_the_answer(tiny):
     """Catches a V that is read on an answer token: a baseline must not know what was answered."""
     head, rows, _ = fresh_batch(tiny, settings())
     longest = max(rows, key=lambda row: len(row["tries"]))
-    for k, end in enumerate(longest["ends"]):
+    for k, end in enumerate(longest["value_at"]):
         other = copy.deepcopy(longest)
         for i in range(end + 1, len(other["ids"])):
             other["ids"][i] = 7
         rl.score_all(tiny, head, [other], 0.6, 1)
         assert torch.allclose(other["values"][:k + 1], longest["values"][:k + 1], atol=1e-5)
-        if k + 1 < len(longest["ends"]):        # but the next try has read it
+        if k + 1 < len(longest["value_at"]):        # but the next try has read it
             assert (other["values"][k + 1] - longest["values"][k + 1]).abs() > 1e-3
         other["ids"][end] = 7                   # and V does depend on the last prompt token
         rl.score_all(tiny, head, [other], 0.6, 1)
@@ -406,8 +406,9 @@ def check_minibatch_loss(minibatch_loss, backbone, ratio="token"):
             clipped = old + min(max(values[k].item() - old, -1), 1)
             target = row["returns"][k].item()
             critic += 0.5 * max((values[k].item() - target) ** 2, (clipped - target) ** 2)
-    policy /= tokens if ratio == "token" else tries
-    expected = policy + 0.5 * critic / tries - 0.01 * surprise / tokens
+    actions = tokens if ratio == "token" else tries
+    policy /= actions
+    expected = policy + 0.5 * critic / tries - 0.01 * surprise / actions
 
     parts, wholes = {}, {}
     for micro_batch in (64, 1, 2):
@@ -609,6 +610,26 @@ def test_self_check_finds_another_temperature(tiny):
         rl.self_check(rows, episodes, tiny, "train")
 
 
+def test_self_check_knows_that_a_low_temperature_magnifies(tiny):
+    """Catches a run that is stopped for rounding: logits over 0.05 are off by 20 times as much."""
+    head, rows, episodes = fresh_batch(tiny, settings(temperature=0.05))
+    rl.score_all(tiny, head, rows, 0.05, 64)
+    for row in rows:
+        row["logprobs"] = row["logprobs"] + 3e-4
+    assert rl.self_check(rows, episodes, tiny, "train", 0.05)
+    with pytest.raises(sft.Problem, match="temperature"):
+        rl.self_check(rows, episodes, tiny, "train", 1.0)
+
+
+def test_a_run_on_all_hands_holds_none_out(rigged, monkeypatch, capsys):
+    """Catches hands that were trained on and are reported as held out."""
+    code, error = command(monkeypatch, capsys, rl, "--model", "model", *SHORT, "--from-backbone",
+                          "--split", "all", "--out", "all")
+    assert code == 0, error
+    assert {name for row in rows_of(rigged / "all" / "eval.jsonl") for name in row["cells"]} == {
+        "all/id"}
+
+
 def test_self_check_finds_a_held_out_hand(tiny):
     """Catches test hands that leak into training."""
     _, rows, episodes = fresh_batch(tiny, settings())
@@ -787,13 +808,20 @@ def test_start_is_made_once_and_counted(rigged, monkeypatch, capsys):
     assert tokens > 0 and first["flops"] == 6 * size * tokens
     go("--out", "two")
     assert start.stat().st_mtime_ns == made
-    go("--out", "three", "--sft-lr", 1e-5)          # another start is wanted
-    assert start.stat().st_mtime_ns != made
+    go("--out", "three", "--sft-lr", 1e-5)          # another start is wanted, this one is kept
+    other = start.parent.with_name("start-gp-l-s0-2")
+    assert start.stat().st_mtime_ns == made and (other / start.name).exists()
     # killed between the start's last checkpoint and its note of how it was made
-    (start.parent / "made.jsonl").unlink()
-    go("--out", "four", "--sft-lr", 1e-5)
-    (start.parent / "made.jsonl").write_text("{")
-    go("--out", "five", "--sft-lr", 1e-5)
+    for wreck in ("", "{"):
+        (other / "made.jsonl").write_text(wreck)
+        made = (other / start.name).stat().st_mtime_ns
+        go("--out", f"four{wreck}", "--sft-lr", 1e-5)
+        assert (other / start.name).stat().st_mtime_ns != made
+    assert len(list((rigged / "runs").iterdir())) == 2
+    # a run that goes on needs its start no more
+    shutil.rmtree(rigged / "runs")
+    go("--out", "two", "--resume")
+    assert not (rigged / "runs").exists()
 
 
 def test_inspect_prints_a_table_and_learns_nothing(rigged, monkeypatch, capsys):

@@ -670,6 +670,14 @@ def test_20000_hostile_walks_never_raise_and_are_paid_for_one_right_action_only(
     assert paid > 50
 
 
+@pytest.mark.parametrize("answer", [
+    '{"Action": "forward()"}', '{"ACTION": "forward()", "Current Observation": "x"}',
+    '{"answer": {"action": "forward()"}}', 'Action: forward()', '[{"action": "forward()"}]'])
+def test_an_action_is_found_wherever_it_stands(answer):
+    """A capital, or an object around the object, costs a right answer its reward."""
+    assert read_walk(answer)["action"] == ["forward()"]
+
+
 def test_hostile_walks_cost_no_time():
     """A regular expression backtracks: one answer of 2,000 characters stops training."""
     began = time.perf_counter()

@@ -494,7 +494,7 @@ def test_the_shipped_backbone_follows_written_steps():
 def test_the_shipped_backbone_reads_street_views():
     """Catches weights that were shipped without their eyes: virl-vl would be walked blind."""
     shipped = sft.load_backbone(sft.DEFAULT_MODEL["virl-vl"])
-    assert shipped.blind == ""
+    assert shipped.why_blind == ""
     # 40 views, 200 words, three standard deviations below 95 %; "no place" everywhere makes 70
     assert sft.read_right(shipped, "virl", sft.TRAINING_CITY, 40) > 0.9
 
