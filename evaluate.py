@@ -300,6 +300,7 @@ class Reader:
         pictures: what each row shows from now on, None in a row of text; without, as before. The
         logits are valid until the next read."""
         pictures = pictures or self.pictures
+        # On a GPU: one token a row, read by replaying a Recording. The same numbers, in less time.
         if ids.shape[1] == 1 and self.backbone.device.type in self.recorded_on and all(
                 now is before for now, before in zip(pictures, self.pictures)):
             if self.recording is None or self.recording.left == 0:
@@ -330,125 +331,6 @@ class Reader:
         if self.recording:
             self.recording.end()
             self.recording = None
-
-
-class Recording:
-    """The reading of one token a row, recorded on a GPU, then played again and again.
-
-    Never at work on a CPU: on a first reading, go on to `play`.
-
-    A step of a large model is many small jobs (kernels), several for each operation of each layer,
-    and Python hands them to the GPU one by one: for 32 rows of the 11B model an H200 took 120 ms,
-    and was at work for 7.5 of them. A CUDA graph is the list of those jobs; played, they follow
-    each other and Python has no part.
-
-    The price: each tensor stays in its place and keeps its shape. So this step writes keys and
-    values into the room behind the columns, at a `slot` that it moves on itself, attends to the
-    whole room, and has a mask that tells which columns of it count:
-
-        columns    0  1  2  3 | 4  5  6  7     slot 4: the next token goes there
-        row 0      1  1  1  1 | 0  0  0  0
-        row 1      0  1  1  1 | 0  0  0  0
-    """
-
-    streams = {}            # device: where it is recorded; each new one would cost work memory
-
-    @classmethod
-    def possible(cls, reader):
-        """Is there attention that takes a mask of yes and no, and room behind the columns?"""
-        grown = cls.layers(reader)
-        return (getattr(reader.backbone.model.config, "_attn_implementation", "") == "sdpa"
-                and bool(grown) and grown[0].room[0].shape[2] > reader.mask.shape[1])
-
-    @staticmethod
-    def layers(reader):
-        """The layers of the cache that grow by a column a token."""
-        return [layer for layer in reader.cache.layers
-                if isinstance(layer, RoomyLayer) and layer.room is not None]
-
-    def __init__(self, reader, ids, inside):
-        device, self.graph = reader.backbone.device, None
-        self.reader, self.width = reader, reader.mask.shape[1]
-        grown = self.layers(reader)
-        self.left = grown[0].room[0].shape[2] - self.width
-        # --- what is fed, and what the step keeps up by itself: all of it stays in its place
-        self.ids, self.inside = ids.clone(), inside.clone()
-        self.mask = torch.nn.functional.pad(reader.mask, (0, self.left))            # (B, room)
-        self.slot = torch.tensor([self.width], device=device)
-        # behind its first turn a row counts on, from wherever m-RoPE has put it
-        count = reader.mask.sum(1, keepdim=True)
-        self.shift = token_positions(reader.backbone, reader.pictures, count) - count
-        with precision(reader.backbone):
-            # the same for any words
-            self.extra = reader._see(self.ids, reader.pictures, self.width)
-        for layer in grown:
-            for kept in layer.room:
-                kept[:, :, self.width:] = 0     # never written: a NaN there would spread, masked
-            layer.slot = self.slot
-        if device.type == "cuda":               # on a CPU, for tests, the step is just called
-            with torch.cuda.device(device):
-                self._record(device)
-
-    def _record(self, device):
-        """Make the graph, and see that it does what the step does. Raises Problem."""
-        if device not in self.streams:
-            self.streams[device] = torch.cuda.Stream()
-        aside = self.streams[device]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):          # once without recording, as CUDA asks for
-            expected = self.step()
-        torch.cuda.current_stream().wait_stream(aside)
-        self._rewind()
-        try:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=aside):
-                self.logits = self.step()
-            self.graph.replay()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:           # what a model does on its way may forbid it
-            short = isinstance(error.__context__, torch.OutOfMemoryError)
-            raise error.__context__ if short else Problem(
-                f"the step of one token cannot be recorded for this model; add --no-record ("
-                f"{str(error).splitlines()[0]})") from None
-        open_ids = expected.isfinite()          # all but the banned tokens
-        gap = (self.logits - expected)[open_ids].abs().mean().item()
-        if not gap < 0.05:
-            raise Problem(f"the recorded step of one token differs from the step itself by "
-                          f"{gap:.2g}; add --no-record")
-        self._rewind()
-
-    def _rewind(self):
-        """As if no step had been made."""
-        self.slot.fill_(self.width)
-        self.mask[:, self.width:] = 0
-
-    def step(self):
-        """What is recorded. Returns logits (B, V)."""
-        self.mask.index_copy_(1, self.slot, self.inside)
-        count = (self.mask.sum(1, keepdim=True) - 1).clamp(min=0)
-        logits = self.reader.logits(self.ids, self.mask.bool()[:, None, None], count + self.shift,
-                                    self.extra)
-        self.slot += 1
-        return logits
-
-    def play(self, ids, inside):
-        """Read ids (B, 1), inside as in Reader.read. Returns logits (B, V)."""
-        self.ids.copy_(ids)
-        self.inside.copy_(inside)
-        if self.graph:
-            self.graph.replay()
-        else:
-            self.logits = self.step()
-        self.width, self.left = self.width + 1, self.left - 1
-        return self.logits
-
-    def end(self):
-        """Leave the reader as if it had read step by step."""
-        self.reader.mask = self.mask[:, :self.width]
-        for layer in self.layers(self.reader):
-            layer.slot = None
-            layer.keys, layer.values = (kept[:, :, :self.width] for kept in layer.room)
 
 
 @torch.no_grad()
@@ -572,6 +454,128 @@ def _answer(backbone, reader, block, pictures, temperature, max_new_tokens, gene
     columns, scores, spoke = (torch.cat(x, dim=1).tolist() for x in (columns, scores, spoke))
     return [([t for t, s in zip(c, k) if s], [p for p, s in zip(q, k) if s])
             for c, q, k in zip(columns, scores, spoke)]
+
+
+# ------------------------------------------------------------------------------------------------
+# On a GPU: the reading of one token, recorded. Never at work on a CPU
+# ------------------------------------------------------------------------------------------------
+
+
+class Recording:
+    """The reading of one token a row, recorded on a GPU, then played again and again.
+
+    A step of a large model is many small jobs (kernels), several for each operation of each layer,
+    and Python hands them to the GPU one by one: for 32 rows of the 11B model an H200 took 120 ms,
+    and was at work for 7.5 of them. A CUDA graph is the list of those jobs; played, they follow
+    each other and Python has no part.
+
+    The price: each tensor stays in its place and keeps its shape. So this step writes keys and
+    values into the room behind the columns, at a `slot` that it moves on itself, attends to the
+    whole room, and has a mask that tells which columns of it count:
+
+        columns    0  1  2  3 | 4  5  6  7     slot 4: the next token goes there
+        row 0      1  1  1  1 | 0  0  0  0
+        row 1      0  1  1  1 | 0  0  0  0
+    """
+
+    streams = {}            # device: where it is recorded; each new one would cost work memory
+
+    @classmethod
+    def possible(cls, reader):
+        """Is there attention that takes a mask of yes and no, and room behind the columns?"""
+        grown = cls.layers(reader)
+        return (getattr(reader.backbone.model.config, "_attn_implementation", "") == "sdpa"
+                and bool(grown) and grown[0].room[0].shape[2] > reader.mask.shape[1])
+
+    @staticmethod
+    def layers(reader):
+        """The layers of the cache that grow by a column a token."""
+        return [layer for layer in reader.cache.layers
+                if isinstance(layer, RoomyLayer) and layer.room is not None]
+
+    def __init__(self, reader, ids, inside):
+        device, self.graph = reader.backbone.device, None
+        self.reader, self.width = reader, reader.mask.shape[1]
+        grown = self.layers(reader)
+        self.left = grown[0].room[0].shape[2] - self.width
+        # --- what is fed, and what the step keeps up by itself: all of it stays in its place
+        self.ids, self.inside = ids.clone(), inside.clone()
+        self.mask = torch.nn.functional.pad(reader.mask, (0, self.left))            # (B, room)
+        self.slot = torch.tensor([self.width], device=device)
+        # behind its first turn a row counts on, from wherever m-RoPE has put it
+        count = reader.mask.sum(1, keepdim=True)
+        self.shift = token_positions(reader.backbone, reader.pictures, count) - count
+        with precision(reader.backbone):
+            # the same for any words
+            self.extra = reader._see(self.ids, reader.pictures, self.width)
+        for layer in grown:
+            for kept in layer.room:
+                kept[:, :, self.width:] = 0     # never written: a NaN there would spread, masked
+            layer.slot = self.slot
+        if device.type == "cuda":               # on a CPU, for tests, the step is just called
+            with torch.cuda.device(device):
+                self._record(device)
+
+    def _record(self, device):
+        """Make the graph, and see that it does what the step does. Raises Problem."""
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream()
+        aside = self.streams[device]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):          # once without recording, as CUDA asks for
+            expected = self.step()
+        torch.cuda.current_stream().wait_stream(aside)
+        self._rewind()
+        try:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=aside):
+                self.logits = self.step()
+            self.graph.replay()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:           # what a model does on its way may forbid it
+            short = isinstance(error.__context__, torch.OutOfMemoryError)
+            raise error.__context__ if short else Problem(
+                f"the step of one token cannot be recorded for this model; add --no-record ("
+                f"{str(error).splitlines()[0]})") from None
+        open_ids = expected.isfinite()          # all but the banned tokens
+        gap = (self.logits - expected)[open_ids].abs().mean().item()
+        if not gap < 0.05:
+            raise Problem(f"the recorded step of one token differs from the step itself by "
+                          f"{gap:.2g}; add --no-record")
+        self._rewind()
+
+    def _rewind(self):
+        """As if no step had been made."""
+        self.slot.fill_(self.width)
+        self.mask[:, self.width:] = 0
+
+    def step(self):
+        """What is recorded. Returns logits (B, V)."""
+        self.mask.index_copy_(1, self.slot, self.inside)
+        count = (self.mask.sum(1, keepdim=True) - 1).clamp(min=0)
+        logits = self.reader.logits(self.ids, self.mask.bool()[:, None, None], count + self.shift,
+                                    self.extra)
+        self.slot += 1
+        return logits
+
+    def play(self, ids, inside):
+        """Read ids (B, 1), inside as in Reader.read. Returns logits (B, V)."""
+        self.ids.copy_(ids)
+        self.inside.copy_(inside)
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.logits = self.step()
+        self.width, self.left = self.width + 1, self.left - 1
+        return self.logits
+
+    def end(self):
+        """Leave the reader as if it had read step by step."""
+        self.reader.mask = self.mask[:, :self.width]
+        for layer in self.layers(self.reader):
+            layer.slot = None
+            layer.keys, layer.values = (kept[:, :, :self.width] for kept in layer.room)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1121,15 +1125,17 @@ def draw_panels(panels, path, title=""):
         return fit_font(text, room, size - 1)
 
     def write(x, y, text, size, anchor, room=panel_width, colour=black):
+        """Draw text, its anchor (as Pillow names them) at x, y."""
         draw.text((x, y), text, colour, fit_font(text, room, size), anchor)
 
     def dot(x, y, radius, colour):
+        """Draw a filled circle."""
         x, y = round(x), round(y)  # whole numbers, or dots would differ in size by rounding
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
 
     def curve(pixels, colour, dashed):
-        # Stamped dot by dot: Pillow's own wide lines vary in width with their slope, leave
-        # notches where two pieces meet, and know no dashes.
+        """Draw a line through the pixels, stamped dot by dot: Pillow's own wide lines vary in width
+        with their slope, leave notches where two pieces meet, and know no dashes."""
         trail = []
         for (x0, y0), (x1, y1) in zip(pixels, pixels[1:]):
             steps = math.ceil(math.hypot(x1 - x0, y1 - y0))

@@ -196,6 +196,7 @@ def _tree(shape, leaf, do):
 def _fraction_op(which):
     """Operation on arrays of fractions. which: int array of 0..3. 0/0 marks an impossible value."""
     def do(x, y):
+        """x, y and the result: (numerators, denominators), two int arrays."""
         (n, d), (m, e) = x, y
         top = np.choose(which, [n * e + m * d, n * e - m * d, n * m, n * e])
         bottom = np.choose(which, [d * e, d * e, d * e, d * m])
@@ -206,6 +207,7 @@ def _fraction_op(which):
 def _text_op(which):
     """Operation on (text, precedence): writes brackets only where arithmetic needs them."""
     def do(x, y):
+        """x, y and the result: (text, 1 for a sum, 2 for a product, 3 for a number)."""
         strength = 1 if which < 2 else 2
         left = f"({x[0]})" if x[1] < strength else x[0]
         # a-(b+c) and a/(b*c) need their brackets, a+(b-c) and a*(b/c) do not

@@ -16,7 +16,9 @@ file is left running.
 Shapes: B conversations in a batch, T tokens of the longest, N answer tokens in the whole batch,
 H hidden size, V vocabulary.
 
-The same loop, on broader text, also builds the small backbone that ships with the repository.
+These steps are the first part of this file, and all that a text task needs. The others stand each
+for itself: run folders, pictures, large models, the small backbones (built by the same loop, on
+broader text), the command line.
 
     python sft.py --task gp-l --ood            # the SFT start and beyond
     python sft.py --task gp-vl --ood           # the same with the cards in a picture
@@ -72,7 +74,6 @@ TRAINING_CITY, *OTHER_CITIES = virl_env.CITIES
 # lacks the format alone: after 12 steps it has 84 to 89 of 100 actions right on seen routes (the
 # paper's start, under the other rule: 81); after 40 (97 of 100) little would be left to gain.
 TASK_DEFAULTS = dict.fromkeys(("virl-l", "virl-vl"), {"steps": 800, "start_step": 12})
-
 
 
 class Problem(Exception):
@@ -203,71 +204,6 @@ def why_not(error, local):
             "model.safetensors and a tokenizer, or a hub name you have access to")
 
 
-def checkpointed(backbone):
-    """Switch gradient checkpointing on; `learning_mode` says when it is at work."""
-    # Recompute each layer's activations in the backward pass instead of keeping them: about a
-    # third more time, a fraction of the memory, and bit-equal gradients. (Newer releases of
-    # transformers renamed the call.)
-    model = backbone.model
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    backbone.checkpointing = True
-    return backbone
-
-
-def precision(backbone):
-    """The context of a forward pass: float32 weights are multiplied in bf16 on a GPU.
-
-    On a CPU they stay float32. Weights that are bf16 already need no autocast: the model's own code
-    takes its norms and softmax to float32. Log-probabilities and the critic are float32 throughout.
-    """
-    on = backbone.device.type == "cuda" and backbone.model.dtype == torch.float32
-    return torch.autocast(backbone.device.type, torch.bfloat16, enabled=on)
-
-
-def mrope(model):
-    """True for positions in three dimensions (time, height, width), as in Qwen2.5-VL."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    return "mrope_section" in rope
-
-
-@dataclass
-class Pictures:
-    """A processor that does nothing but pictures: Qwen2.5-VL's own wants torchvision for videos."""
-
-    image_processor: object
-    chat_template: str
-
-    def save_pretrained(self, folder):
-        """Write preprocessor_config.json; the tokenizer saves the template."""
-        self.image_processor.save_pretrained(folder)
-
-
-def load_processor(name, local, config):
-    """What turns pictures into tensors for a vision-language model: (processor, "").
-
-    Or (None, why there is none): a text task does not mind. local: name is a folder.
-    """
-    from transformers import AutoImageProcessor, AutoProcessor, Idefics3Processor, ProcessorMixin
-    files = ("processor_config.json", "preprocessor_config.json")
-    if local and not any((pathlib.Path(name) / file).exists() for file in files):
-        return None, ("it has eyes, but was never trained to see (no processor_config.json); "
-                      "python sft.py --build gp-eyes (or virl-eyes) teaches the small backbone")
-    try:
-        if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
-            return Pictures(AutoImageProcessor.from_pretrained(name, backend="pil",
-                                                               trust_remote_code=False),
-                            ProcessorMixin.get_processor_dict(name)[0].get("chat_template")), ""
-        # SmolVLM's processor asks for torchvision, too; Idefics3's is the same without videos
-        kind = Idefics3Processor if config.model_type == "smolvlm" else AutoProcessor
-        processor = kind.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:      # as many types as in load_backbone
-        return None, f"its picture processor does not load ({str(error).strip()[:200]})"
-    if not hasattr(processor, "image_processor"):
-        # The Auto class does this silently when it does not know the class that is asked for
-        return None, "its picture processor came back as a bare tokenizer"
-    return processor, ""
-
-
 def wrap_backbone(model, tokenizer, name="model", processor=None):
     """Find the chat markup, the end tokens and the banned tokens of a model. Returns a Backbone."""
     template = getattr(tokenizer, "chat_template", None) or getattr(
@@ -335,16 +271,31 @@ def wrap_backbone(model, tokenizer, name="model", processor=None):
                     why_blind=why_blind, before_picture=before_picture)
 
 
-def crossing_layers(model):
-    """Numbers of the layers that attend to a picture (Mllama); [] where pictures are tokens."""
-    return list(getattr(model.config.get_text_config(), "cross_attention_layers", None) or [])
+def checkpointed(backbone):
+    """Switch gradient checkpointing on; `learning_mode` says when it is at work."""
+    # Recompute each layer's activations in the backward pass instead of keeping them: about a
+    # third more time, a fraction of the memory, and bit-equal gradients. (Newer releases of
+    # transformers renamed the call.)
+    model = backbone.model
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    backbone.checkpointing = True
+    return backbone
 
 
-def picture_parameters(model):
-    """Names of the parameters that only pictures reach: eyes, projector, layers that look."""
-    parts = ["vision", "multi_modal", "visual", "connector"]
-    parts += [f"language_model.layers.{i}." for i in crossing_layers(model)]
-    return {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+def precision(backbone):
+    """The context of a forward pass: float32 weights are multiplied in bf16 on a GPU.
+
+    On a CPU they stay float32. Weights that are bf16 already need no autocast: the model's own code
+    takes its norms and softmax to float32. Log-probabilities and the critic are float32 throughout.
+    """
+    on = backbone.device.type == "cuda" and backbone.model.dtype == torch.float32
+    return torch.autocast(backbone.device.type, torch.bfloat16, enabled=on)
+
+
+def task_parameters(model, pictures=False):
+    """The paper's N: all parameters for a task in pictures, for text those that text reaches."""
+    skip = set() if pictures else picture_parameters(model)
+    return sum(p.numel() for name, p in model.named_parameters() if name not in skip)
 
 
 def freeze(model, what):
@@ -365,12 +316,6 @@ def freeze(model, what):
         parameter.requires_grad_(False)
 
 
-def task_parameters(model, pictures=False):
-    """The paper's N: all parameters for a task in pictures, for text those that text reaches."""
-    skip = set() if pictures else picture_parameters(model)
-    return sum(p.numel() for name, p in model.named_parameters() if name not in skip)
-
-
 # ------------------------------------------------------------------------------------------------
 # 3. Conversation -> token ids and loss mask
 # ------------------------------------------------------------------------------------------------
@@ -381,78 +326,6 @@ def user_ids(backbone, text, first):
     before = backbone.before_first if first else backbone.before_next
     return backbone.tokenizer(before + text + backbone.before_answer,
                               add_special_tokens=False)["input_ids"]
-
-
-def encode_picture(backbone, text, image):
-    """A first user turn that shows a picture -> (token ids, the picture as a dict of tensors).
-
-    image: a PIL picture. Its place in the ids is one mark (Mllama: layers of its own look at the
-    picture) or a run of placeholders that the trunk replaces by what the eyes saw (LLaVA, Idefics).
-    Raises Problem if the model cannot see, or cannot see this.
-    """
-    if backbone.processor is None:
-        raise Problem(f"the model cannot see: {backbone.why_blind}")
-    size = getattr(image, "size", (0, 0))
-    if getattr(image, "mode", "") != "RGB" or min(size) < 16 or max(size) > 16 * min(size):
-        raise Problem(f"a picture must be RGB, 16 pixels or more a side and not 16 times as long "
-                      f"as wide; this one is {getattr(image, 'mode', type(image))}, {size}")
-    text = backbone.before_picture + text + backbone.before_answer
-    if crossing_layers(backbone.model):
-        ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-        seen = backbone.processor.image_processor([[image]], return_tensors="pt")
-    elif mrope(backbone.model):
-        mark = backbone.model.config.image_token_id
-        ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-        seen = backbone.processor.image_processor([[image]], return_tensors="pt")
-        patches = int(seen["image_grid_thw"].prod())
-        at = ids.index(mark)
-        ids[at:at + 1] = [mark] * (patches // backbone.processor.image_processor.merge_size ** 2)
-        seen["shift"] = position_shift(backbone, ids, seen["image_grid_thw"])
-    else:
-        seen = backbone.processor(text=[text], images=[[image]], return_tensors="pt",
-                                  add_special_tokens=False)
-        ids = seen["input_ids"][0].tolist()
-    # what is left is about the picture; its mask over the tokens has to grow with the
-    # conversation, so it is made where the tokens are (cross_mask)
-    apart = ("input_ids", "attention_mask", "token_type_ids", "num_tiles")
-    return ids, {key: value for key, value in seen.items() if key not in apart}
-
-
-def position_shift(backbone, ids, grid):
-    """m-RoPE: by how much the positions of a first turn with a picture differ from a count.
-
-    The patches of a picture share one time and count rows and columns, so that the text behind it
-    goes on from a smaller number than its place in the sequence. ids: tokens of the turn; grid
-    (1, 3): patches in time, height, width. Returns (1, 3, T) int64: add it to 0..T-1. Whatever
-    follows is text and is shifted as the last token is.
-
-        token     u  #  #  #  #  :         # four patches, 2 x 2
-        count     0  1  2  3  4  5
-        time      0  1  1  1  1  3         shift  0  0 -1 -2 -3 -2
-        height    0  1  1  2  2  3                0  0 -1 -1 -2 -2
-        width     0  1  2  1  2  3                0  0  0 -2 -2 -2
-    """
-    ids = torch.tensor([ids])
-    kinds = (ids == backbone.model.config.image_token_id).int()
-    where, _ = backbone.model.base_model.get_rope_index(ids, kinds, image_grid_thw=grid)
-    return (where - torch.arange(ids.shape[1])).transpose(0, 1)
-
-
-def token_positions(backbone, pictures, count):
-    """Where each token of a batch stands: (B, T), for m-RoPE (3, B, T).
-
-    pictures: for each row `encode_picture`'s tensors or None. count (B, T): tokens of the row
-    before it.
-    """
-    if not mrope(backbone.model):
-        return count
-    shifts = [torch.zeros(3, 1, dtype=torch.long) if picture is None else picture["shift"][0]
-              for picture in pictures or [None] * len(count)]
-    longest = max(shift.shape[1] for shift in shifts)
-    table = torch.stack([torch.cat([shift, shift[:, -1:].expand(-1, longest - shift.shape[1])], 1)
-                         for shift in shifts], 1).to(count.device)              # (3, B, longest)
-    at = count.clamp(max=longest - 1).expand(3, -1, -1)
-    return count + table.gather(2, at)
 
 
 def answer_ids(backbone, text):
@@ -499,73 +372,6 @@ def pad(rows, fill=0):
 # ------------------------------------------------------------------------------------------------
 # 4. Log-probabilities
 # ------------------------------------------------------------------------------------------------
-
-
-# Nothing in the next five functions is called in a text task: on a first reading, go to `trunk`.
-# How a language model sees. There are two ways, and these functions keep them apart:
-#   placeholders (LLaVA, Idefics3,  the picture takes k places of the sequence; what the eyes saw
-#   SmolVLM, Qwen2.5-VL)            stands there instead of embeddings, attended to as text is
-#   crossing (Mllama, the paper's)  one mark in the sequence; a few layers of their own attend from
-#                                   every token after the mark to the picture, behind gates. Text
-#                                   without a picture skips these layers
-# Either way the tensors of a picture travel with their row, and rows of a batch may differ.
-
-
-def join_pictures(backbone, pictures):
-    """The tensors of all pictures of a batch, joined. pictures: see `picture_inputs`."""
-    shown = [picture for picture in pictures if picture is not None]
-    try:
-        # rows without a picture take no place here: the ids say whose picture comes next
-        joined = {key: torch.cat([picture[key] for picture in shown]).to(backbone.device)
-                  for key in shown[0] if key != "shift"}
-        return {key: value.to(backbone.model.dtype) if value.is_floating_point() else value
-                for key, value in joined.items()}
-    except RuntimeError:
-        raise Problem("the pictures of a batch differ in shape for this model: draw all in one "
-                      "--picture-size") from None
-
-
-def cross_states(backbone, pictures):
-    """Mllama: what the eyes saw, for the layers that attend to it, and which tiles are in use.
-
-    Returns (states (B, tiles * patches, H), tiles (B, tiles)), both 0 in rows of text. Left alone,
-    transformers mixes up a batch with and without pictures: where a token may look at nothing it
-    drops the mask, and the token attends to everything. With states of 0, keys and values are 0,
-    and attention adds 0: a row of text is read as if alone.
-    """
-    base = backbone.model.base_model
-    seen = join_pictures(backbone, pictures)
-    states = base.multi_modal_projector(base.vision_model(**seen).last_hidden_state).flatten(1, 3)
-    rows = torch.tensor([i for i, p in enumerate(pictures) if p is not None],
-                        device=backbone.device)
-    return [part.new_zeros(len(pictures), *part.shape[1:]).index_copy(0, rows, part)
-            for part in (states, seen["aspect_ratio_mask"].flatten(1))]
-
-
-def cross_mask(backbone, ids, tiles, looking=False):
-    """Mllama: (B, T, 1, tiles), 1 where a token sees a tile: from its row's picture mark on.
-
-    tiles (B, tiles) of `cross_states`. looking (B, 1): the mark came before these ids (B, T).
-    """
-    passed = (ids == backbone.model.config.image_token_index).cumsum(1) > 0            # (B, T)
-    return ((passed | looking)[:, :, None] * tiles[:, None, :])[:, :, None, :]
-
-
-def picture_inputs(backbone, ids, pictures):
-    """What the trunk needs beside the tokens when some rows of a batch show a picture.
-
-    ids (B, T). pictures: for each row the dict of tensors from `encode_picture`, or None in a row
-    of text.
-    Returns keyword arguments, none without a picture: text is read as if there were no eyes.
-    """
-    if all(picture is None for picture in pictures):
-        return {}
-    if not crossing_layers(backbone.model):
-        # the placeholders take what was seen one by one, row after row
-        return join_pictures(backbone, pictures)
-    states, tiles = cross_states(backbone, pictures)
-    return {"cross_attention_states": states,
-            "cross_attention_mask": cross_mask(backbone, ids, tiles)}
 
 
 def trunk(backbone, ids, lengths, pictures=None):
@@ -618,6 +424,301 @@ def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
     logprobs = torch.log_softmax(logits, dim=-1)                                    # (N, V)
     entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs.isinf(), 0)).sum(-1)
     return logprobs.gather(1, ids[:, 1:][wanted][:, None])[:, 0], entropy
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. and 6. Loss, gradients, one step of the optimiser
+# ------------------------------------------------------------------------------------------------
+
+
+def sft_loss(backbone, rows, micro_batch, backward=True):
+    """Mean negative log-probability over ALL answer tokens of the batch.
+
+    rows: list of (ids, mask) or (ids, mask, picture). The mean is taken over the whole batch,
+    however it is cut into micro-batches: each micro-batch contributes sum / total, so the gradient
+    is the same. (A mean of micro-batch means would weigh tokens of short batches more.)
+    Returns (loss as a float, number of tokens fed). With backward=True gradients are accumulated.
+    """
+    learning_mode(backbone, backward)
+    total = sum(sum(row[1]) for row in rows)
+    rows = sorted(rows, key=lambda row: len(row[0]))    # neighbours of like length: little padding
+    loss_sum = fed = 0
+    for start in range(0, len(rows), micro_batch):
+        part = rows[start:start + micro_batch]
+        ids = pad([r[0] for r in part]).to(backbone.device)
+        mask = pad([r[1] for r in part]).to(backbone.device)
+        lengths = torch.tensor([len(r[0]) for r in part], device=backbone.device)
+        pictures = [r[2] if len(r) > 2 else None for r in part]
+        with torch.set_grad_enabled(backward):
+            hidden = trunk(backbone, ids, lengths, pictures)
+            logprobs, _ = token_logprobs(backbone, hidden, ids, mask)
+            loss = -logprobs.sum() / total
+        if backward:
+            loss.backward()
+        loss_sum += loss.item()
+        fed += int(lengths.sum())
+    return loss_sum, fed
+
+
+def learning_mode(backbone, on):
+    """Switch gradient checkpointing on for a backward pass, if it was asked for.
+
+    Hugging Face ties it to train mode; sampling in train mode with checkpointing gives wrong
+    tokens, silently. So: train mode for backward passes of checkpointed models, else eval mode.
+    """
+    backbone.model.train(on and backbone.checkpointing)
+
+
+def learning_rate(step, steps, peak, warmup, cooldown=0):
+    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps`. step counts from 0.
+
+    With a cooldown the cosine aims at 1.6 * steps, and a line over the last `cooldown` steps takes
+    it to 0 at `steps`: more time at a high rate, for building a model from nothing.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    end = 1.6 * steps if cooldown else steps
+    rate = peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, end - warmup)))
+    return rate * min(1.0, (steps - step) / cooldown) if cooldown else rate
+
+
+def adamw(groups, betas, **more):
+    """The optimiser: torch's AdamW, or AdamW16 where weights are bfloat16.
+
+    groups: list of {"params": [...], "lr": ...}. eps as in the paper's scripts, no weight decay.
+    """
+    if any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
+        return AdamW16(groups, betas)
+    return torch.optim.AdamW(groups, betas=betas, eps=1e-7, weight_decay=0.0, **more)
+
+
+def take_step(backbone, optimizer, norms):
+    """Take an optimiser step and drop the gradients, if all their norms are finite.
+
+    A step that is not finite is reported and not applied. After three in a row something is wrong
+    with more than one batch: see `check_refused`. Returns whether the step was taken.
+    """
+    fine = all(map(torch.isfinite, norms))
+    if fine:
+        optimizer.step()
+        backbone.refused = 0
+    else:
+        backbone.refused += 1
+        tqdm.write("a gradient is not finite: this step is not taken")
+    optimizer.zero_grad(set_to_none=True)
+    return fine
+
+
+def check_refused(backbone, path):
+    """Stop after three refused steps in a row; the caller has saved `path`. Raises Problem."""
+    if backbone.refused >= 3:
+        raise Problem(f"three gradients in a row were not finite. The weights from before them "
+                      f"are in {path}: go on from there with a lower --lr, or ask why (rl.py "
+                      "--init, sft.py --model)")
+
+
+# ------------------------------------------------------------------------------------------------
+# 2.-7. The loop, and what it is given for a task
+# ------------------------------------------------------------------------------------------------
+
+
+def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, resume=False,
+          probe=None, report=None, stop_at=None, cooldown=0, pictures=False):
+    """The supervised loop.
+
+    draw(step) -> list of conversations, a function of the step alone, so that a resumed run sees
+    what an unbroken one would have seen. lr: the peak; it decays to 0 at `steps`, also when the
+    run ends earlier, at `stop_at`. save_at: steps after which `step-000123` is written.
+    probe(backbone) -> dict of extra metrics for each checkpoint; report(row) shows its metrics.
+    pictures: FLOPs are counted for the whole model, not for its text part.
+    Returns the path of the last checkpoint.
+    """
+    stop_at = stop_at or steps
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = backbone.model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # beta2 as in the paper's SFT scripts; fused: one pass over memory for each tensor
+    optimizer = adamw([{"params": parameters, "lr": lr}], (0.9, 0.98), fused=True)
+    first, tokens = 0, 0
+    if resume and checkpoints(folder):
+        first, path = checkpoints(folder)[-1]
+        state = load_state(path, ("optimizer", "tokens"))
+        restored = load_backbone(path, dtype=str(model.dtype).removeprefix("torch."))
+        model.load_state_dict(restored.model.state_dict())
+        optimizer.load_state_dict(state["optimizer"])
+        tokens = state["tokens"]
+    metrics = Metrics(folder, resume_at=first if resume else None)
+    count = task_parameters(model, pictures)
+
+    def save(step):
+        """Write step-000123. Returns its folder."""
+        save_checkpoint(folder / f"step-{step:06d}", backbone,
+                        {"optimizer": optimizer.state_dict(), "tokens": tokens})
+        return folder / f"step-{step:06d}"
+
+    began, losses = time.time(), []
+    bar = tqdm(range(first, stop_at), initial=first, total=stop_at, desc="sft", unit="step",
+               leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup, cooldown)
+        # --- 2. draw, 3. encode
+        rows = [encode(backbone, conversation) for conversation in draw(step)]
+        # --- 4. forward, 5. loss, 6. backward: `sft_loss` adds up the gradients of micro-batches
+        try:
+            loss, fed = sft_loss(backbone, rows, micro_batch)
+        except torch.OutOfMemoryError:
+            if step > first:                # no step was half taken: the weights are sound
+                save(step)
+            raise
+        take_step(backbone, optimizer, [torch.nn.utils.clip_grad_norm_(parameters, 1.0)])
+        tokens += fed
+        losses.append(loss)
+        # --- 7. measure and save
+        if step + 1 in save_at or step + 1 == stop_at or backbone.refused >= 3:
+            row = {"step": step + 1, "loss": sum(losses) / len(losses), "tokens": tokens,
+                   "flops": 6 * count * tokens, "lr": optimizer.param_groups[0]["lr"]}
+            row |= probe(backbone) if probe else {}
+            row["seconds"] = time.time() - began
+            # metrics first: killed between the two, the run goes on from the checkpoint before,
+            # and this row is written again
+            metrics.write(row)
+            check_refused(backbone, save(step + 1))
+            losses = []
+            if report:
+                report(row)
+        elif bar.disable and (step + 1) % max(1, stop_at // 10) == 0:
+            left = (time.time() - began) / (step + 1 - first) * (stop_at - step - 1)
+            print(f"  step {step + 1}/{stop_at}  loss {loss:.3f}  {left / 60:.1f} min left",
+                  flush=True)
+        bar.set_postfix(loss=f"{loss:.3f}")
+    return checkpoints(folder)[-1][1]
+
+
+def run_sft(args, folder, stop_at=None, report=None, backbone=None):
+    """Fine-tune on expert answers under the training rule. Returns the last checkpoint.
+
+    backbone: the loaded model; None loads args.model.
+
+    The data and the learning-rate schedule depend on (seed, steps, batch, lr) alone, so the START
+    of RL (stop_at = args.start_step) is to the last bit a point of the longer SFT run it is later
+    compared with.
+    """
+    backbone = backbone or open_backbone(args)
+    freeze(backbone.model, args.freeze)
+    options, name = game_options(args), args.task.split("-")[0]
+    expert = ENVIRONMENTS[name].expert_conversation
+
+    def draw(step):
+        """The batch of a step: expert conversations of the training split."""
+        rng = np.random.default_rng([2, args.seed, step])
+        made = [expert(rng, split=args.split, **options) for _ in range(args.batch)]
+        if args.drop_pictures:
+            for first, *_ in made:
+                first.pop("image", None)
+        return made
+
+    def held_out(*shifts):
+        """256 encoded conversations of the validation split; several shifts take turns."""
+        rng = np.random.default_rng([3])
+        how = {"split": "val"} | options
+        return [encode(backbone, expert(rng, **how | shifts[i % len(shifts)])) for i in range(256)]
+
+    asked = {"id": held_out({})}
+    if args.ood:        # what differs from training: the rule; then what meets the eye
+        asked["ood"] = held_out({"gp": {"rule": "face", "face": True},
+                                 "virl": {"rule": "relative"}}[name])
+    if args.ood and args.task == "gp-vl":
+        asked["visual"] = held_out({"suits": "red"})
+    elif args.ood and name == "virl":
+        asked["visual"] = held_out(*({"where": place, "split": "all"} for place in places(args)[1]))
+
+    def probe(backbone):
+        """How surprised is the model by right answers it was not trained on?
+
+        Under the new rule this climbs while the training loss falls: memorisation, seen without
+        playing a single game.
+        """
+        return {f"{name}_nll": sft_loss(backbone, rows, args.micro_batch, backward=False)[0]
+                for name, rows in asked.items()}
+
+    warm, every = 0.03 if args.preset == "paper" else 0.01, args.save_every
+    save_at = set(range(every, args.steps + 1, every)) | {args.start_step}
+    save_at |= {s for s in (20, 40, 80, 150) if s < args.steps and every > 20}
+    return train(backbone, draw, folder, args.steps, args.lr, warmup=max(1, int(warm * args.steps)),
+                 save_at=save_at, micro_batch=args.micro_batch, resume=args.resume, probe=probe,
+                 report=report, stop_at=stop_at, pictures=pictured(args.task))
+
+
+def game_options(args):
+    """What a task asks of its training games, beside the split: arguments of its environment.
+
+    GP-VL trains on black suits, so that red ones are a visual shift (paper, section 5.2); V-IRL on
+    the walks of one city.
+    """
+    options = {}
+    if args.task.startswith("virl"):
+        options["where"] = places(args)[0]
+    elif args.task == "gp-vl":
+        options["suits"] = "black"
+    return options | picture_options(args)
+
+
+def picture_options(args):
+    """How a task shows its pictures: arguments of its environment, none for a task in words."""
+    if not pictured(args.task):
+        return {}
+    return {"picture": picture_size(args.picture_size)} | (
+        {} if args.announce else {"announce": False})
+
+
+def picture_size(text):
+    """"640x320" -> (640, 320), pixels; None -> gp_env.PICTURE_SIZE. Raises Problem."""
+    if text is None:
+        return gp_env.PICTURE_SIZE
+    width, _, height = text.lower().partition("x")
+    least = gp_env.PICTURE_SIZE
+    if not (width.isdigit() and height.isdigit() and least[0] <= int(width) <= 4096
+            and least[1] <= int(height) <= 4096):
+        raise Problem(f"--picture-size {text}: give WIDTHxHEIGHT in pixels, from {least[0]}x"
+                      f"{least[1]} to 4096x4096")
+    return int(width), int(height)
+
+
+def places(args):
+    """V-IRL: (where training walks, [where the visual OOD is measured]).
+
+    Each is what virl_env.open_atlas takes: a generated city's name, or a folder of routes.
+    """
+    return args.routes or TRAINING_CITY, [args.other_routes] if args.other_routes else OTHER_CITIES
+
+
+def check_routes(args):
+    """Read all routes of V-IRL before any work is done. Raises Problem, or RouteProblem.
+
+    A missing panorama would otherwise be found when the first walk comes by, perhaps after hours.
+    Routes are needed in each split that will be measured: evaluate.py has a flag for them, the
+    others measure on what they hold out.
+    """
+    splits = getattr(args, "splits", ("val", "test"))
+    for flag, folder, needed in (("--routes", args.routes, splits),
+                                 ("--other-routes", args.other_routes, ["all"])):
+        if folder and not args.task.startswith("virl"):
+            raise Problem(f"{flag}: {args.task} has no routes; add --task virl-l or virl-vl")
+        for split in needed if folder else ():
+            virl_env.split_routes(len(virl_env.open_atlas(folder, pictured(args.task))), split)
+
+
+def pictured(task):
+    """True for a task in pictures."""
+    return task.endswith("-vl")
+
+
+def check_sight(backbone, task, name):
+    """Refuse to show pictures to a model that cannot see. Raises Problem."""
+    if pictured(task) and backbone.processor is None:
+        raise Problem(f"--task {task}: {name} cannot see: {backbone.why_blind}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -740,8 +841,242 @@ class Metrics:
         self.file.write(json.dumps(row) + "\n")
 
 
+def open_run(folder, args, kind):
+    """Create a run folder and write args.json, or check that --resume goes on with the same run."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise Problem(f"--out {folder}: that is a file, not a folder")
+    free = ("resume", "out", "threads", "device", "stop_step", "micro_batch", "grad_checkpoint",
+            "dry_run", "random_weights", "record", "sample_batch")
+    # ... these change no result (the last one the draws, not what they are drawn from); with any
+    # other flag changed, --resume would mix two runs
+    settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in free}
+    if HERE in pathlib.Path(args.model).parents:        # the same run, wherever the project lies
+        settings["model"] = str(pathlib.Path(args.model).relative_to(HERE))
+    known = folder / "args.json"
+    if known.exists():
+        if not args.resume:
+            raise Problem(f"{folder} holds a run already: add --resume to go on with it, or give "
+                          "another --out")
+        try:
+            before = json.loads(known.read_text())
+        except ValueError:
+            raise Problem(f"{known} is damaged: give another --out") from None
+        # a key that is not there is a flag that did not exist then
+        changed = sorted(k for k in settings if (k in before or k == "kind")
+                         and before.get(k) != settings[k])
+        if changed:
+            raise Problem(f"--resume: {folder} was started with another --"
+                          f"{changed[0].replace('_', '-')} ({before.get(changed[0])}, now "
+                          f"{settings[changed[0]]})")
+    elif args.resume and folder.exists() is False:
+        raise Problem(f"--resume: there is no run in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_up(folder)
+    write_json(known, settings)
+    return folder
+
+
 # ------------------------------------------------------------------------------------------------
-# 6. The optimiser
+# Pictures. Nothing from here to the next heading is called in a text task.
+#
+# A language model sees in one of two ways, and these functions keep them apart:
+#   placeholders (LLaVA, Idefics3,  the picture takes k places of the sequence; what the eyes saw
+#   SmolVLM, Qwen2.5-VL)            stands there instead of embeddings, attended to as text is
+#   crossing (Mllama, the paper's)  one mark in the sequence; a few layers of their own attend from
+#                                   every token after the mark to the picture, behind gates. Text
+#                                   without a picture skips these layers
+# Either way the tensors of a picture travel with their row, and rows of a batch may differ.
+# ------------------------------------------------------------------------------------------------
+
+
+def crossing_layers(model):
+    """Numbers of the layers that attend to a picture (Mllama); [] where pictures are tokens."""
+    return list(getattr(model.config.get_text_config(), "cross_attention_layers", None) or [])
+
+
+def mrope(model):
+    """True for positions in three dimensions (time, height, width), as in Qwen2.5-VL."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return "mrope_section" in rope
+
+
+def picture_parameters(model):
+    """Names of the parameters that only pictures reach: eyes, projector, layers that look."""
+    parts = ["vision", "multi_modal", "visual", "connector"]
+    parts += [f"language_model.layers.{i}." for i in crossing_layers(model)]
+    return {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+
+
+@dataclass
+class Pictures:
+    """A processor that does nothing but pictures: Qwen2.5-VL's own wants torchvision for videos."""
+
+    image_processor: object
+    chat_template: str
+
+    def save_pretrained(self, folder):
+        """Write preprocessor_config.json; the tokenizer saves the template."""
+        self.image_processor.save_pretrained(folder)
+
+
+def load_processor(name, local, config):
+    """What turns pictures into tensors for a vision-language model: (processor, "").
+
+    Or (None, why there is none): a text task does not mind. local: name is a folder.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, Idefics3Processor, ProcessorMixin
+    files = ("processor_config.json", "preprocessor_config.json")
+    if local and not any((pathlib.Path(name) / file).exists() for file in files):
+        return None, ("it has eyes, but was never trained to see (no processor_config.json); "
+                      "python sft.py --build gp-eyes (or virl-eyes) teaches the small backbone")
+    try:
+        if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+            return Pictures(AutoImageProcessor.from_pretrained(name, backend="pil",
+                                                               trust_remote_code=False),
+                            ProcessorMixin.get_processor_dict(name)[0].get("chat_template")), ""
+        # SmolVLM's processor asks for torchvision, too; Idefics3's is the same without videos
+        kind = Idefics3Processor if config.model_type == "smolvlm" else AutoProcessor
+        processor = kind.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:      # as many types as in load_backbone
+        return None, f"its picture processor does not load ({str(error).strip()[:200]})"
+    if not hasattr(processor, "image_processor"):
+        # The Auto class does this silently when it does not know the class that is asked for
+        return None, "its picture processor came back as a bare tokenizer"
+    return processor, ""
+
+
+def encode_picture(backbone, text, image):
+    """A first user turn that shows a picture -> (token ids, the picture as a dict of tensors).
+
+    image: a PIL picture. Its place in the ids is one mark (Mllama: layers of its own look at the
+    picture) or a run of placeholders that the trunk replaces by what the eyes saw (LLaVA, Idefics).
+    Raises Problem if the model cannot see, or cannot see this.
+    """
+    if backbone.processor is None:
+        raise Problem(f"the model cannot see: {backbone.why_blind}")
+    size = getattr(image, "size", (0, 0))
+    if getattr(image, "mode", "") != "RGB" or min(size) < 16 or max(size) > 16 * min(size):
+        raise Problem(f"a picture must be RGB, 16 pixels or more a side and not 16 times as long "
+                      f"as wide; this one is {getattr(image, 'mode', type(image))}, {size}")
+    text = backbone.before_picture + text + backbone.before_answer
+    if crossing_layers(backbone.model):
+        ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        seen = backbone.processor.image_processor([[image]], return_tensors="pt")
+    elif mrope(backbone.model):
+        mark = backbone.model.config.image_token_id
+        ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        seen = backbone.processor.image_processor([[image]], return_tensors="pt")
+        patches = int(seen["image_grid_thw"].prod())
+        at = ids.index(mark)
+        ids[at:at + 1] = [mark] * (patches // backbone.processor.image_processor.merge_size ** 2)
+        seen["shift"] = position_shift(backbone, ids, seen["image_grid_thw"])
+    else:
+        seen = backbone.processor(text=[text], images=[[image]], return_tensors="pt",
+                                  add_special_tokens=False)
+        ids = seen["input_ids"][0].tolist()
+    # what is left is about the picture; its mask over the tokens has to grow with the
+    # conversation, so it is made where the tokens are (cross_mask)
+    apart = ("input_ids", "attention_mask", "token_type_ids", "num_tiles")
+    return ids, {key: value for key, value in seen.items() if key not in apart}
+
+
+def position_shift(backbone, ids, grid):
+    """m-RoPE: by how much the positions of a first turn with a picture differ from a count.
+
+    The patches of a picture share one time and count rows and columns, so that the text behind it
+    goes on from a smaller number than its place in the sequence. ids: tokens of the turn; grid
+    (1, 3): patches in time, height, width. Returns (1, 3, T) int64: add it to 0..T-1. Whatever
+    follows is text and is shifted as the last token is.
+
+        token     u  #  #  #  #  :         # four patches, 2 x 2
+        count     0  1  2  3  4  5
+        time      0  1  1  1  1  3         shift  0  0 -1 -2 -3 -2
+        height    0  1  1  2  2  3                0  0 -1 -1 -2 -2
+        width     0  1  2  1  2  3                0  0  0 -2 -2 -2
+    """
+    ids = torch.tensor([ids])
+    kinds = (ids == backbone.model.config.image_token_id).int()
+    where, _ = backbone.model.base_model.get_rope_index(ids, kinds, image_grid_thw=grid)
+    return (where - torch.arange(ids.shape[1])).transpose(0, 1)
+
+
+def token_positions(backbone, pictures, count):
+    """Where each token of a batch stands: (B, T), for m-RoPE (3, B, T).
+
+    pictures: for each row `encode_picture`'s tensors or None. count (B, T): tokens of the row
+    before it.
+    """
+    if not mrope(backbone.model):
+        return count
+    shifts = [torch.zeros(3, 1, dtype=torch.long) if picture is None else picture["shift"][0]
+              for picture in pictures or [None] * len(count)]
+    longest = max(shift.shape[1] for shift in shifts)
+    table = torch.stack([torch.cat([shift, shift[:, -1:].expand(-1, longest - shift.shape[1])], 1)
+                         for shift in shifts], 1).to(count.device)              # (3, B, longest)
+    at = count.clamp(max=longest - 1).expand(3, -1, -1)
+    return count + table.gather(2, at)
+
+
+def picture_inputs(backbone, ids, pictures):
+    """What the trunk needs beside the tokens when some rows of a batch show a picture.
+
+    ids (B, T). pictures: for each row the dict of tensors from `encode_picture`, or None in a row
+    of text.
+    Returns keyword arguments, none without a picture: text is read as if there were no eyes.
+    """
+    if all(picture is None for picture in pictures):
+        return {}
+    if not crossing_layers(backbone.model):
+        # the placeholders take what was seen one by one, row after row
+        return join_pictures(backbone, pictures)
+    states, tiles = cross_states(backbone, pictures)
+    return {"cross_attention_states": states,
+            "cross_attention_mask": cross_mask(backbone, ids, tiles)}
+
+
+def join_pictures(backbone, pictures):
+    """The tensors of all pictures of a batch, joined. pictures: see `picture_inputs`."""
+    shown = [picture for picture in pictures if picture is not None]
+    try:
+        # rows without a picture take no place here: the ids say whose picture comes next
+        joined = {key: torch.cat([picture[key] for picture in shown]).to(backbone.device)
+                  for key in shown[0] if key != "shift"}
+        return {key: value.to(backbone.model.dtype) if value.is_floating_point() else value
+                for key, value in joined.items()}
+    except RuntimeError:
+        raise Problem("the pictures of a batch differ in shape for this model: draw all in one "
+                      "--picture-size") from None
+
+
+def cross_states(backbone, pictures):
+    """Mllama: what the eyes saw, for the layers that attend to it, and which tiles are in use.
+
+    Returns (states (B, tiles * patches, H), tiles (B, tiles)), both 0 in rows of text. Left alone,
+    transformers mixes up a batch with and without pictures: where a token may look at nothing it
+    drops the mask, and the token attends to everything. With states of 0, keys and values are 0,
+    and attention adds 0: a row of text is read as if alone.
+    """
+    base = backbone.model.base_model
+    seen = join_pictures(backbone, pictures)
+    states = base.multi_modal_projector(base.vision_model(**seen).last_hidden_state).flatten(1, 3)
+    rows = torch.tensor([i for i, p in enumerate(pictures) if p is not None],
+                        device=backbone.device)
+    return [part.new_zeros(len(pictures), *part.shape[1:]).index_copy(0, rows, part)
+            for part in (states, seen["aspect_ratio_mask"].flatten(1))]
+
+
+def cross_mask(backbone, ids, tiles, looking=False):
+    """Mllama: (B, T, 1, tiles), 1 where a token sees a tile: from its row's picture mark on.
+
+    tiles (B, tiles) of `cross_states`. looking (B, 1): the mark came before these ids (B, T).
+    """
+    passed = (ids == backbone.model.config.image_token_index).cumsum(1) > 0            # (B, T)
+    return ((passed | looking)[:, :, None] * tiles[:, None, :])[:, :, None, :]
+
+
+# ------------------------------------------------------------------------------------------------
+# Large models: an optimiser for bf16 weights; what a run would cost, before it is paid for
 # ------------------------------------------------------------------------------------------------
 
 
@@ -771,8 +1106,6 @@ def stochastic(value, generator):
 
 class AdamW16:
     """AdamW without weight decay (Loshchilov and Hutter 2019) in 10 bytes a parameter, not 16.
-
-    Float32 weights do not need it: on a first reading, go on to `take_step`.
 
     Why plain bf16 stands still: it has 8 bits of mantissa. The neighbours of a weight of 0.02 are
     1.2e-4 away, a step of Adam is about lr = 1e-6, and 0.02 + 1e-6 rounds back to 0.02. (Weights of
@@ -851,172 +1184,173 @@ class AdamW16:
                       for state, parameter in zip(saved["state"], self.parameters)]
 
 
-def adamw(groups, betas, **more):
-    """The optimiser: torch's AdamW, or AdamW16 where weights are bfloat16.
+# Published sizes; what is not said is the class's default.
+KNOWN = {
+    "meta-llama/Llama-3.2-11B-Vision-Instruct": {
+        "model_type": "mllama", "vision_config": {"image_size": 560}},
+    "Qwen/Qwen2.5-VL-3B-Instruct": {
+        "model_type": "qwen2_5_vl", "tie_word_embeddings": True,
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048},
+        "text_config": {
+            "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 36,
+            "num_attention_heads": 16, "num_key_value_heads": 2, "intermediate_size": 11008,
+            "tie_word_embeddings": True, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}},
+    "Qwen/Qwen2.5-1.5B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960,
+        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default",
+                                                         "rope_theta": 1e6}},
+    "Qwen/Qwen2.5-0.5B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
+        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default",
+                                                         "rope_theta": 1e6}}}
 
-    groups: list of {"params": [...], "lr": ...}. eps as in the paper's scripts, no weight decay.
+
+def random_backbone(name, task, device="cpu", grad_checkpoint=False, dtype="float32"):
+    """A model of the class and size of `name`, with random weights and the small tokenizer.
+
+    name: a folder with config.json, that file itself, or a key of KNOWN. Returns a Backbone. Raises
+    Problem for another name, or a vocabulary that the tokenizer does not fit into.
     """
-    if any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
-        return AdamW16(groups, betas)
-    return torch.optim.AdamW(groups, betas=betas, eps=1e-7, weight_decay=0.0, **more)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    try:
+        known = KNOWN.get(str(name))
+        config = AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(name)
+    except Exception:               # as many types as in load_backbone
+        raise Problem(f"--random-weights: {name} is no config.json, no folder with one, and none "
+                      f"of {', '.join(KNOWN)}") from None
+    tokenizer = build_tokenizer(ENVIRONMENTS[task.split("-")[0]].phrases())
+    mark = "<|image|>"
+    if config.model_type in ("idefics3", "smolvlm"):        # names that their processor insists on
+        mark = "<image>"
+        tokenizer.add_special_tokens({"additional_special_tokens": [
+            mark, "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
+            *(f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5))]})
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|image|>", mark)
+    text, image = config.get_text_config(), tokenizer.convert_tokens_to_ids(mark)
+    if text.vocab_size < len(tokenizer):
+        raise Problem(f"--random-weights: {name} has a vocabulary of {text.vocab_size}, the small "
+                      f"tokenizer needs {len(tokenizer)}")
+    for key in ("image_token_index", "image_token_id"):
+        if hasattr(config, key):
+            setattr(config, key, image)
+    sees = getattr(config, "vision_config", None) is not None
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        model = kind.from_config(config, dtype=getattr(torch, dtype)).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    processor = true_processor(model, tokenizer, mark) if sees else None
+    backbone = wrap_backbone(model, tokenizer, name, processor)
+    return checkpointed(backbone) if grad_checkpoint else backbone
 
 
-def take_step(backbone, optimizer, norms):
-    """Take an optimiser step and drop the gradients, if all their norms are finite.
+def true_processor(model, tokenizer, mark):
+    """The picture processor of a model that has none in a file: its class's own defaults.
 
-    A step that is not finite is reported and not applied. After three in a row something is wrong
-    with more than one batch: see `check_refused`. Returns whether the step was taken.
+    mark: the token that stands for a picture. Raises Problem for a class that is not known here.
     """
-    fine = all(map(torch.isfinite, norms))
-    if fine:
-        optimizer.step()
-        backbone.refused = 0
+    import transformers
+    from transformers.models.idefics3 import image_processing_pil_idefics3 as idefics3
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen2_vl
+    from transformers.models.siglip import image_processing_pil_siglip as siglip
+    config, eyes = model.config, model.config.vision_config
+    if config.model_type == "mllama":
+        return build_processor(model, tokenizer)
+    if mrope(model):
+        return Pictures(qwen2_vl.Qwen2VLImageProcessorPil(
+            patch_size=eyes.patch_size, merge_size=eyes.spatial_merge_size,
+            temporal_patch_size=eyes.temporal_patch_size), tokenizer.chat_template)
+    edge = eyes.image_size
+    if config.model_type in ("idefics3", "smolvlm"):
+        images = idefics3.Idefics3ImageProcessorPil(
+            size={"longest_edge": 4 * edge}, max_image_size={"longest_edge": edge})
+        return transformers.Idefics3Processor(
+            images, tokenizer, chat_template=tokenizer.chat_template,
+            image_seq_len=(edge // eyes.patch_size) ** 2 // config.scale_factor ** 2)
+    if config.model_type == "llava":
+        images = siglip.SiglipImageProcessorPil(size={"height": edge, "width": edge})
+        return transformers.LlavaProcessor(
+            images, tokenizer, patch_size=eyes.patch_size, image_token=mark,
+            chat_template=tokenizer.chat_template,
+            num_additional_image_tokens=int("clip" in eyes.model_type),     # CLIP's extra token
+            vision_feature_select_strategy=config.vision_feature_select_strategy)
+    raise Problem(f"--random-weights: pictures of {config.model_type} are not known here")
+
+
+def open_backbone(args, name=None):
+    """Load the model of a run, args.model or `name`, as its flags say. Returns a Backbone."""
+    name, device = name or args.model, pick_device(args.device)
+    if getattr(args, "random_weights", False):
+        return random_backbone(name, args.task, device, args.grad_checkpoint, args.dtype)
+    return load_backbone(name, device, args.grad_checkpoint, args.dtype)
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of multiplying large square matrices here: what nothing can be faster than."""
+    size, repeats = (8192, 10) if device.type == "cuda" else (768, 1)
+    # Noise: a GPU that multiplies constants takes less power and runs faster than on real numbers.
+    a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0))
+    a, best = a.to(dtype), math.inf
+    for _ in range(6):
+        began = time.perf_counter()
+        for _ in range(repeats):                # one alone would also time the wait for it
+            product = a @ a
+        product[0, 0].item()                    # reading one number waits for the GPU
+        best = min(best, (time.perf_counter() - began) / repeats)
+    return 2 * size ** 3 / best
+
+
+def report_costs(backbone, phases, whole):
+    """Print what a --dry-run has measured.
+
+    phases: {name: (seconds, tokens, FLOPs)}; whole: what the run took in all, in seconds. FLOPs are
+    those of the model (2 N a token forward, 4 N backward), without what checkpointing repeats and
+    without attention, which is small at these lengths.
+    """
+    device, dtype, kept = backbone.device, backbone.model.dtype, ""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        kept = f" ({torch.cuda.max_memory_reserved(device) / 1e9:.2f} GB with gaps)"
     else:
-        backbone.refused += 1
-        tqdm.write("a gradient is not finite: this step is not taken")
-    optimizer.zero_grad(set_to_none=True)
-    return fine
+        import resource                     # not on Windows
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
+    rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else dtype)
+    size = sum(p.numel() for p in backbone.model.parameters())
+    print(f"dry run: {size:,} parameters in {dtype} on {device}, peak memory {peak / 1e9:.2f} GB"
+          f"{kept}, matrices multiply at {rate / 1e12:.2f} TFLOP/s")
+    for name, (seconds, tokens, flops) in phases.items():
+        print(f"  {name:9s} {seconds:8.1f} s {tokens / seconds:12,.0f} tokens/s "
+              f"{flops / seconds / rate:7.1%} of that rate")
+    print(f"  a whole run of these flags: about {whole / 60:,.0f} minutes. Nothing was written",
+          flush=True)
 
 
-def check_refused(backbone, path):
-    """Stop after three refused steps in a row; the caller has saved `path`. Raises Problem."""
-    if backbone.refused >= 3:
-        raise Problem(f"three gradients in a row were not finite. The weights from before them "
-                      f"are in {path}: go on from there with a lower --lr, or ask why (rl.py "
-                      "--init, sft.py --model)")
-
-
-# ------------------------------------------------------------------------------------------------
-# 2.-7. The loop
-# ------------------------------------------------------------------------------------------------
-
-
-def learning_rate(step, steps, peak, warmup, cooldown=0):
-    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps`. step counts from 0.
-
-    With a cooldown the cosine aims at 1.6 * steps, and a line over the last `cooldown` steps takes
-    it to 0 at `steps`: more time at a high rate, for building a model from nothing.
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    end = 1.6 * steps if cooldown else steps
-    rate = peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, end - warmup)))
-    return rate * min(1.0, (steps - step) / cooldown) if cooldown else rate
-
-
-def learning_mode(backbone, on):
-    """Switch gradient checkpointing on for a backward pass, if it was asked for.
-
-    Hugging Face ties it to train mode; sampling in train mode with checkpointing gives wrong
-    tokens, silently. So: train mode for backward passes of checkpointed models, else eval mode.
-    """
-    backbone.model.train(on and backbone.checkpointing)
-
-
-def sft_loss(backbone, rows, micro_batch, backward=True):
-    """Mean negative log-probability over ALL answer tokens of the batch.
-
-    rows: list of (ids, mask) or (ids, mask, picture). The mean is taken over the whole batch,
-    however it is cut into micro-batches: each micro-batch contributes sum / total, so the gradient
-    is the same. (A mean of micro-batch means would weigh tokens of short batches more.)
-    Returns (loss as a float, number of tokens fed). With backward=True gradients are accumulated.
-    """
-    learning_mode(backbone, backward)
-    total = sum(sum(row[1]) for row in rows)
-    rows = sorted(rows, key=lambda row: len(row[0]))    # neighbours of like length: little padding
-    loss_sum = fed = 0
-    for start in range(0, len(rows), micro_batch):
-        part = rows[start:start + micro_batch]
-        ids = pad([r[0] for r in part]).to(backbone.device)
-        mask = pad([r[1] for r in part]).to(backbone.device)
-        lengths = torch.tensor([len(r[0]) for r in part], device=backbone.device)
-        pictures = [r[2] if len(r) > 2 else None for r in part]
-        with torch.set_grad_enabled(backward):
-            hidden = trunk(backbone, ids, lengths, pictures)
-            logprobs, _ = token_logprobs(backbone, hidden, ids, mask)
-            loss = -logprobs.sum() / total
-        if backward:
-            loss.backward()
-        loss_sum += loss.item()
-        fed += int(lengths.sum())
-    return loss_sum, fed
-
-
-def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, resume=False,
-          probe=None, report=None, stop_at=None, cooldown=0, pictures=False):
-    """The supervised loop.
-
-    draw(step) -> list of conversations, a function of the step alone, so that a resumed run sees
-    what an unbroken one would have seen. lr: the peak; it decays to 0 at `steps`, also when the
-    run ends earlier, at `stop_at`. save_at: steps after which `step-000123` is written.
-    probe(backbone) -> dict of extra metrics for each checkpoint; report(row) shows its metrics.
-    pictures: FLOPs are counted for the whole model, not for its text part.
-    Returns the path of the last checkpoint.
-    """
-    stop_at = stop_at or steps
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model = backbone.model
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # beta2 as in the paper's SFT scripts; fused: one pass over memory for each tensor
-    optimizer = adamw([{"params": parameters, "lr": lr}], (0.9, 0.98), fused=True)
-    first, tokens = 0, 0
-    if resume and checkpoints(folder):
-        first, path = checkpoints(folder)[-1]
-        state = load_state(path, ("optimizer", "tokens"))
-        restored = load_backbone(path, dtype=str(model.dtype).removeprefix("torch."))
-        model.load_state_dict(restored.model.state_dict())
-        optimizer.load_state_dict(state["optimizer"])
-        tokens = state["tokens"]
-    metrics = Metrics(folder, resume_at=first if resume else None)
-    count = task_parameters(model, pictures)
-
-    def save(step):
-        save_checkpoint(folder / f"step-{step:06d}", backbone,
-                        {"optimizer": optimizer.state_dict(), "tokens": tokens})
-        return folder / f"step-{step:06d}"
-
-    began, losses = time.time(), []
-    bar = tqdm(range(first, stop_at), initial=first, total=stop_at, desc="sft", unit="step",
-               leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup, cooldown)
-        # --- 2. draw, 3. encode
-        rows = [encode(backbone, conversation) for conversation in draw(step)]
-        # --- 4. forward, 5. loss, 6. backward: `sft_loss` adds up the gradients of micro-batches
-        try:
-            loss, fed = sft_loss(backbone, rows, micro_batch)
-        except torch.OutOfMemoryError:
-            if step > first:                # no step was half taken: the weights are sound
-                save(step)
-            raise
+def dry_run(backbone, args):
+    """Two optimiser steps of a run, the second one timed; print what the run would cost."""
+    rng, expert = np.random.default_rng(0), ENVIRONMENTS[args.task.split("-")[0]]
+    rows = [encode(backbone, expert.expert_conversation(rng, split=args.split,
+                                                        **game_options(args)))
+            for _ in range(args.batch)]
+    parameters = [p for p in backbone.model.parameters() if p.requires_grad]
+    optimizer = adamw([{"params": parameters, "lr": args.lr}], (0.9, 0.98))
+    for _ in range(2):              # the first one also makes the optimiser's state
+        began = time.time()
+        _, fed = sft_loss(backbone, rows, args.micro_batch)
         take_step(backbone, optimizer, [torch.nn.utils.clip_grad_norm_(parameters, 1.0)])
-        tokens += fed
-        losses.append(loss)
-        # --- 7. measure and save
-        if step + 1 in save_at or step + 1 == stop_at or backbone.refused >= 3:
-            row = {"step": step + 1, "loss": sum(losses) / len(losses), "tokens": tokens,
-                   "flops": 6 * count * tokens, "lr": optimizer.param_groups[0]["lr"]}
-            row |= probe(backbone) if probe else {}
-            row["seconds"] = time.time() - began
-            # metrics first: killed between the two, the run goes on from the checkpoint before,
-            # and this row is written again
-            metrics.write(row)
-            check_refused(backbone, save(step + 1))
-            losses = []
-            if report:
-                report(row)
-        elif bar.disable and (step + 1) % max(1, stop_at // 10) == 0:
-            left = (time.time() - began) / (step + 1 - first) * (stop_at - step - 1)
-            print(f"  step {step + 1}/{stop_at}  loss {loss:.3f}  {left / 60:.1f} min left",
-                  flush=True)
-        bar.set_postfix(loss=f"{loss:.3f}")
-    return checkpoints(folder)[-1][1]
+        if backbone.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.time() - began
+    size = task_parameters(backbone.model, pictured(args.task))
+    report_costs(backbone, {"step": (seconds, fed, 6 * size * fed)},
+                 seconds * (args.stop_step or args.steps))
 
 
 # ------------------------------------------------------------------------------------------------
-# The small backbone: a tokenizer of bytes and phrases, a tiny Mllama, a broad corpus
+# The small backbones: a tokenizer of bytes and phrases, a tiny Mllama, a broad corpus
 # ------------------------------------------------------------------------------------------------
 
 CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>"
@@ -1100,6 +1434,7 @@ def in_blocks(corpus, seeds, batch):
     chunk, drawn = 16, {}
 
     def draw(step):
+        """One batch; the others of its block are kept until the next block begins."""
         block = step // chunk
         if block not in drawn:
             drawn.clear()
@@ -1120,6 +1455,7 @@ def repeating(pieces):
     minutes: the mean loss is 4.9 in steps 131-260, 1.0 in steps 391-520, 0.4 in steps 651-780.
     """
     def corpus(rng, count):
+        """`count` conversations of 6 to 32 pieces."""
         said = ["".join(pieces[i] for i in rng.integers(len(pieces), size=rng.integers(6, 33)))
                 for _ in range(count)]
         return [[{"role": "user", "content": text, "learn": False},
@@ -1151,6 +1487,7 @@ def build_backbone(name, folder, seed, steps, lr, resume, repeat=0, recall=0, ba
                for count, corpus, number in lessons]
 
     def draw(step):
+        """The batch of a step, from the lesson that it falls into."""
         for count, lesson in lessons:
             if step < count:
                 return lesson(step)
@@ -1160,6 +1497,7 @@ def build_backbone(name, folder, seed, steps, lr, resume, repeat=0, recall=0, ba
     began = time.time()
 
     def report(row):
+        """One line a checkpoint."""
         print(f"step {row['step']:6d}/{steps}  loss {row['loss']:.4f}  "
               f"{row['tokens'] / 1e6:.1f} M tokens  {(time.time() - began) / 60:.1f} min",
               flush=True)
@@ -1315,13 +1653,16 @@ def build_eyes(name, folder, seed, tower_steps, steps, batch, lr, resume):
         parameter.requires_grad_(False)
 
     def corpus(rng, count):
+        """The second lesson: conversations that open with a picture."""
         return ENVIRONMENTS[name].pictured_conversations(rng, count, gp_env.PICTURE_SIZE)
 
     def probe(backbone):
+        """Share of what validation pictures show that is read right."""
         return {f"read_{which}": read_right(backbone, name, which)
                 for which in EYES[name]["watch"]}
 
     def report(row):
+        """One line a checkpoint."""
         seen = ", ".join(f"{which} {row[f'read_{which}']:.1%}" for which in EYES[name]["watch"])
         print(f"step {row['step']:6d}/{steps}  loss {row['loss']:.4f}  read right: {seen}  "
               f"{row['seconds'] / 60:.1f} min", flush=True)
@@ -1342,156 +1683,7 @@ def build_eyes(name, folder, seed, tower_steps, steps, batch, lr, resume):
 
 
 # ------------------------------------------------------------------------------------------------
-# Random weights: a model of the true size without a download, to see what a run would cost
-# ------------------------------------------------------------------------------------------------
-
-# Published sizes; what is not said is the class's default.
-KNOWN = {
-    "meta-llama/Llama-3.2-11B-Vision-Instruct": {
-        "model_type": "mllama", "vision_config": {"image_size": 560}},
-    "Qwen/Qwen2.5-VL-3B-Instruct": {
-        "model_type": "qwen2_5_vl", "tie_word_embeddings": True,
-        "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048},
-        "text_config": {
-            "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 36,
-            "num_attention_heads": 16, "num_key_value_heads": 2, "intermediate_size": 11008,
-            "tie_word_embeddings": True, "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}},
-    "Qwen/Qwen2.5-1.5B-Instruct": {
-        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "num_hidden_layers": 28,
-        "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960,
-        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default",
-                                                         "rope_theta": 1e6}},
-    "Qwen/Qwen2.5-0.5B-Instruct": {
-        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
-        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default",
-                                                         "rope_theta": 1e6}}}
-
-
-def random_backbone(name, task, device="cpu", grad_checkpoint=False, dtype="float32"):
-    """A model of the class and size of `name`, with random weights and the small tokenizer.
-
-    name: a folder with config.json, that file itself, or a key of KNOWN. Returns a Backbone. Raises
-    Problem for another name, or a vocabulary that the tokenizer does not fit into.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    try:
-        known = KNOWN.get(str(name))
-        config = AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(name)
-    except Exception:               # as many types as in load_backbone
-        raise Problem(f"--random-weights: {name} is no config.json, no folder with one, and none "
-                      f"of {', '.join(KNOWN)}") from None
-    tokenizer = build_tokenizer(ENVIRONMENTS[task.split("-")[0]].phrases())
-    mark = "<|image|>"
-    if config.model_type in ("idefics3", "smolvlm"):        # names that their processor insists on
-        mark = "<image>"
-        tokenizer.add_special_tokens({"additional_special_tokens": [
-            mark, "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
-            *(f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5))]})
-        tokenizer.chat_template = tokenizer.chat_template.replace("<|image|>", mark)
-    text, image = config.get_text_config(), tokenizer.convert_tokens_to_ids(mark)
-    if text.vocab_size < len(tokenizer):
-        raise Problem(f"--random-weights: {name} has a vocabulary of {text.vocab_size}, the small "
-                      f"tokenizer needs {len(tokenizer)}")
-    for key in ("image_token_index", "image_token_id"):
-        if hasattr(config, key):
-            setattr(config, key, image)
-    sees = getattr(config, "vision_config", None) is not None
-    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(0)
-        model = kind.from_config(config, dtype=getattr(torch, dtype)).eval()
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    processor = true_processor(model, tokenizer, mark) if sees else None
-    backbone = wrap_backbone(model, tokenizer, name, processor)
-    return checkpointed(backbone) if grad_checkpoint else backbone
-
-
-def true_processor(model, tokenizer, mark):
-    """The picture processor of a model that has none in a file: its class's own defaults.
-
-    mark: the token that stands for a picture. Raises Problem for a class that is not known here.
-    """
-    import transformers
-    from transformers.models.idefics3 import image_processing_pil_idefics3 as idefics3
-    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen2_vl
-    from transformers.models.siglip import image_processing_pil_siglip as siglip
-    config, eyes = model.config, model.config.vision_config
-    if config.model_type == "mllama":
-        return build_processor(model, tokenizer)
-    if mrope(model):
-        return Pictures(qwen2_vl.Qwen2VLImageProcessorPil(
-            patch_size=eyes.patch_size, merge_size=eyes.spatial_merge_size,
-            temporal_patch_size=eyes.temporal_patch_size), tokenizer.chat_template)
-    edge = eyes.image_size
-    if config.model_type in ("idefics3", "smolvlm"):
-        images = idefics3.Idefics3ImageProcessorPil(
-            size={"longest_edge": 4 * edge}, max_image_size={"longest_edge": edge})
-        return transformers.Idefics3Processor(
-            images, tokenizer, chat_template=tokenizer.chat_template,
-            image_seq_len=(edge // eyes.patch_size) ** 2 // config.scale_factor ** 2)
-    if config.model_type == "llava":
-        images = siglip.SiglipImageProcessorPil(size={"height": edge, "width": edge})
-        return transformers.LlavaProcessor(
-            images, tokenizer, patch_size=eyes.patch_size, image_token=mark,
-            chat_template=tokenizer.chat_template,
-            num_additional_image_tokens=int("clip" in eyes.model_type),     # CLIP's extra token
-            vision_feature_select_strategy=config.vision_feature_select_strategy)
-    raise Problem(f"--random-weights: pictures of {config.model_type} are not known here")
-
-
-def open_backbone(args, name=None):
-    """Load the model of a run, args.model or `name`, as its flags say. Returns a Backbone."""
-    name, device = name or args.model, pick_device(args.device)
-    if getattr(args, "random_weights", False):
-        return random_backbone(name, args.task, device, args.grad_checkpoint, args.dtype)
-    return load_backbone(name, device, args.grad_checkpoint, args.dtype)
-
-
-def matrix_rate(device, dtype):
-    """FLOP/s of multiplying large square matrices here: what nothing can be faster than."""
-    size, repeats = (8192, 10) if device.type == "cuda" else (768, 1)
-    # Noise: a GPU that multiplies constants takes less power and runs faster than on real numbers.
-    a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0))
-    a, best = a.to(dtype), math.inf
-    for _ in range(6):
-        began = time.perf_counter()
-        for _ in range(repeats):                # one alone would also time the wait for it
-            product = a @ a
-        product[0, 0].item()                    # reading one number waits for the GPU
-        best = min(best, (time.perf_counter() - began) / repeats)
-    return 2 * size ** 3 / best
-
-
-def report_costs(backbone, phases, whole):
-    """Print what a --dry-run has measured.
-
-    phases: {name: (seconds, tokens, FLOPs)}; whole: what the run took in all, in seconds. FLOPs are
-    those of the model (2 N a token forward, 4 N backward), without what checkpointing repeats and
-    without attention, which is small at these lengths.
-    """
-    device, dtype, kept = backbone.device, backbone.model.dtype, ""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        kept = f" ({torch.cuda.max_memory_reserved(device) / 1e9:.2f} GB with gaps)"
-    else:
-        import resource                     # not on Windows
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024
-    rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else dtype)
-    size = sum(p.numel() for p in backbone.model.parameters())
-    print(f"dry run: {size:,} parameters in {dtype} on {device}, peak memory {peak / 1e9:.2f} GB"
-          f"{kept}, matrices multiply at {rate / 1e12:.2f} TFLOP/s")
-    for name, (seconds, tokens, flops) in phases.items():
-        print(f"  {name:9s} {seconds:8.1f} s {tokens / seconds:12,.0f} tokens/s "
-              f"{flops / seconds / rate:7.1%} of that rate")
-    print(f"  a whole run of these flags: about {whole / 60:,.0f} minutes. Nothing was written",
-          flush=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# The SFT run of a task
+# Command line
 # ------------------------------------------------------------------------------------------------
 
 # --preset paper: the flags of the paper's runs (appendix C, and its scripts) on one GPU: what eight
@@ -1505,127 +1697,6 @@ PRESETS = {
        {"steps": 400, "start_step": 25, "save_every": 25})
     | ({"lr": 5e-7, "micro_batch": 2, "picture_size": "1200x1200"} if task.endswith("vl") else
        {"lr": 1e-6, "micro_batch": 4}) for task in TASKS}
-
-
-def picture_size(text):
-    """"640x320" -> (640, 320), pixels; None -> gp_env.PICTURE_SIZE. Raises Problem."""
-    if text is None:
-        return gp_env.PICTURE_SIZE
-    width, _, height = text.lower().partition("x")
-    least = gp_env.PICTURE_SIZE
-    if not (width.isdigit() and height.isdigit() and least[0] <= int(width) <= 4096
-            and least[1] <= int(height) <= 4096):
-        raise Problem(f"--picture-size {text}: give WIDTHxHEIGHT in pixels, from {least[0]}x"
-                      f"{least[1]} to 4096x4096")
-    return int(width), int(height)
-
-
-def game_options(args):
-    """What a task asks of its training games, beside the split: arguments of its environment.
-
-    GP-VL trains on black suits, so that red ones are a visual shift (paper, section 5.2); V-IRL on
-    the walks of one city.
-    """
-    options = {}
-    if args.task.startswith("virl"):
-        options["where"] = places(args)[0]
-    elif args.task == "gp-vl":
-        options["suits"] = "black"
-    return options | picture_options(args)
-
-
-def picture_options(args):
-    """How a task shows its pictures: arguments of its environment, none for a task in words."""
-    if not pictured(args.task):
-        return {}
-    return {"picture": picture_size(args.picture_size)} | (
-        {} if args.announce else {"announce": False})
-
-
-def places(args):
-    """V-IRL: (where training walks, [where the visual OOD is measured]).
-
-    Each is what virl_env.open_atlas takes: a generated city's name, or a folder of routes.
-    """
-    return args.routes or TRAINING_CITY, [args.other_routes] if args.other_routes else OTHER_CITIES
-
-
-def check_routes(args):
-    """Read all routes of V-IRL before any work is done. Raises Problem, or RouteProblem.
-
-    A missing panorama would otherwise be found when the first walk comes by, perhaps after hours.
-    Routes are needed in each split that will be measured: evaluate.py has a flag for them, the
-    others measure on what they hold out.
-    """
-    splits = getattr(args, "splits", ("val", "test"))
-    for flag, folder, needed in (("--routes", args.routes, splits),
-                                 ("--other-routes", args.other_routes, ["all"])):
-        if folder and not args.task.startswith("virl"):
-            raise Problem(f"{flag}: {args.task} has no routes; add --task virl-l or virl-vl")
-        for split in needed if folder else ():
-            virl_env.split_routes(len(virl_env.open_atlas(folder, pictured(args.task))), split)
-
-
-def pictured(task):
-    """True for a task in pictures."""
-    return task.endswith("-vl")
-
-
-def check_sight(backbone, task, name):
-    """Refuse to show pictures to a model that cannot see. Raises Problem."""
-    if pictured(task) and backbone.processor is None:
-        raise Problem(f"--task {task}: {name} cannot see: {backbone.why_blind}")
-
-
-def run_sft(args, folder, stop_at=None, report=None, backbone=None):
-    """Fine-tune on expert answers under the training rule. Returns the last checkpoint.
-
-    backbone: the loaded model; None loads args.model.
-
-    The data and the learning-rate schedule depend on (seed, steps, batch, lr) alone, so the START
-    of RL (stop_at = args.start_step) is to the last bit a point of the longer SFT run it is later
-    compared with.
-    """
-    backbone = backbone or open_backbone(args)
-    freeze(backbone.model, args.freeze)
-    options, name = game_options(args), args.task.split("-")[0]
-    expert = ENVIRONMENTS[name].expert_conversation
-
-    def draw(step):
-        rng = np.random.default_rng([2, args.seed, step])
-        made = [expert(rng, split=args.split, **options) for _ in range(args.batch)]
-        if args.drop_pictures:
-            for first, *_ in made:
-                first.pop("image", None)
-        return made
-
-    def held_out(*shifts):
-        # several shifts take turns: the nine other cities of V-IRL
-        rng = np.random.default_rng([3])
-        how = {"split": "val"} | options
-        return [encode(backbone, expert(rng, **how | shifts[i % len(shifts)])) for i in range(256)]
-
-    asked = {"id": held_out({})}
-    if args.ood:        # what differs from training: the rule; then what meets the eye
-        asked["ood"] = held_out({"gp": {"rule": "face", "face": True},
-                                 "virl": {"rule": "relative"}}[name])
-    if args.ood and args.task == "gp-vl":
-        asked["visual"] = held_out({"suits": "red"})
-    elif args.ood and name == "virl":
-        asked["visual"] = held_out(*({"where": place, "split": "all"} for place in places(args)[1]))
-
-    def probe(backbone):
-        # How surprised is the model by right answers it was not trained on? Under the new rule this
-        # climbs while the training loss falls: memorisation, seen without playing a single game.
-        return {f"{name}_nll": sft_loss(backbone, rows, args.micro_batch, backward=False)[0]
-                for name, rows in asked.items()}
-
-    warm, every = 0.03 if args.preset == "paper" else 0.01, args.save_every
-    save_at = set(range(every, args.steps + 1, every)) | {args.start_step}
-    save_at |= {s for s in (20, 40, 80, 150) if s < args.steps and every > 20}
-    return train(backbone, draw, folder, args.steps, args.lr, warmup=max(1, int(warm * args.steps)),
-                 save_at=save_at, micro_batch=args.micro_batch, resume=args.resume, probe=probe,
-                 report=report, stop_at=stop_at, pictures=pictured(args.task))
 
 
 def common_flags(parser):
@@ -1728,68 +1799,12 @@ def check_flags(args, at_least_one=()):
         torch.set_num_threads(args.threads)
 
 
-def dry_run(backbone, args):
-    """Two optimiser steps of a run, the second one timed; print what the run would cost."""
-    rng, expert = np.random.default_rng(0), ENVIRONMENTS[args.task.split("-")[0]]
-    rows = [encode(backbone, expert.expert_conversation(rng, split=args.split,
-                                                        **game_options(args)))
-            for _ in range(args.batch)]
-    parameters = [p for p in backbone.model.parameters() if p.requires_grad]
-    optimizer = adamw([{"params": parameters, "lr": args.lr}], (0.9, 0.98))
-    for _ in range(2):              # the first one also makes the optimiser's state
-        began = time.time()
-        _, fed = sft_loss(backbone, rows, args.micro_batch)
-        take_step(backbone, optimizer, [torch.nn.utils.clip_grad_norm_(parameters, 1.0)])
-        if backbone.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.time() - began
-    size = task_parameters(backbone.model, pictured(args.task))
-    report_costs(backbone, {"step": (seconds, fed, 6 * size * fed)},
-                 seconds * (args.stop_step or args.steps))
-
-
 def flags_again(args):
     """What the next command has to repeat to be about the same task."""
     again = {"--task": args.task if args.task != "gp-l" else None, "--routes": args.routes,
              "--other-routes": args.other_routes, "--picture-size": args.picture_size}
     return "".join(f" {flag} {value}" for flag, value in again.items() if value) + (
         "" if args.announce else " --no-announce")
-
-
-def open_run(folder, args, kind):
-    """Create a run folder and write args.json, or check that --resume goes on with the same run."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise Problem(f"--out {folder}: that is a file, not a folder")
-    free = ("resume", "out", "threads", "device", "stop_step", "micro_batch", "grad_checkpoint",
-            "dry_run", "random_weights", "record", "sample_batch")
-    # ... these change no result (the last one the draws, not what they are drawn from); with any
-    # other flag changed, --resume would mix two runs
-    settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in free}
-    if HERE in pathlib.Path(args.model).parents:        # the same run, wherever the project lies
-        settings["model"] = str(pathlib.Path(args.model).relative_to(HERE))
-    known = folder / "args.json"
-    if known.exists():
-        if not args.resume:
-            raise Problem(f"{folder} holds a run already: add --resume to go on with it, or give "
-                          "another --out")
-        try:
-            before = json.loads(known.read_text())
-        except ValueError:
-            raise Problem(f"{known} is damaged: give another --out") from None
-        # a key that is not there is a flag that did not exist then
-        changed = sorted(k for k in settings if (k in before or k == "kind")
-                         and before.get(k) != settings[k])
-        if changed:
-            raise Problem(f"--resume: {folder} was started with another --"
-                          f"{changed[0].replace('_', '-')} ({before.get(changed[0])}, now "
-                          f"{settings[changed[0]]})")
-    elif args.resume and folder.exists() is False:
-        raise Problem(f"--resume: there is no run in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    clear_up(folder)
-    write_json(known, settings)
-    return folder
 
 
 def main():
@@ -1838,6 +1853,7 @@ def main():
           f"{args.batch} examples, into {folder}")
 
     def report(row):
+        """One line a checkpoint: the training loss beside what `probe` found."""
         ood = f"  under the other rule {row['ood_nll']:.4f}" if args.ood else ""
         seen = "red suits" if args.task == "gp-vl" else "other cities"
         ood += f"  {seen} {row['visual_nll']:.4f}" if "visual_nll" in row else ""

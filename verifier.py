@@ -148,20 +148,24 @@ def parse_formula(text):
     position = 0
 
     def peek():
+        """The next token, left where it is."""
         return tokens[position]
 
     def take():
+        """The next token, and step over it."""
         nonlocal position
         position += 1
         return tokens[position - 1]
 
     def expression(depth):
+        """expression := term { ("+" | "-") term }. Returns its value, exactly."""
         value = term(depth)
         while peek() in ("+", "-"):
             value = value + term(depth) if take() == "+" else value - term(depth)
         return value
 
     def term(depth):
+        """term := factor { ("*" | "/") factor }"""
         value = factor(depth)
         while peek() in ("*", "/"):
             if take() == "*":
@@ -174,6 +178,7 @@ def parse_formula(text):
         return value
 
     def factor(depth):
+        """factor := number | "(" expression ")". Notes each number that is used."""
         token = take()
         if token.isdigit():
             numbers.append(int(token))

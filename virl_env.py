@@ -241,6 +241,7 @@ def folder_files(folder):
     It raises RouteProblem for a file that cannot be read.
     """
     def load(name, limit=-1):
+        """The bytes of a file of the folder, `limit` at most."""
         try:
             with open(pathlib.Path(folder) / name, "rb") as stream:
                 return stream.read(limit)
@@ -337,6 +338,7 @@ class Atlas:
     def _read(self, index, raw):
         """Check one route of the JSON file and snap it to panoramas. Returns a Route."""
         def problem(what):
+            """A RouteProblem that names this route."""
             return RouteProblem(f"{self.where}/{INFOS}", what, index)
 
         try:
@@ -862,6 +864,7 @@ def _streets(corners):
     near = [[] for _ in corners]
 
     def sharp(here, there, other):
+        """Would streets from `here` to the two others meet at less than 42 degrees?"""
         u, v = corners[there] - corners[here], corners[other] - corners[here]
         return u @ v > math.cos(math.radians(42)) * np.hypot(*u) * np.hypot(*v)
 
@@ -1184,6 +1187,7 @@ def city_files(name, width=512):
 
     @functools.lru_cache(maxsize=2048)
     def make(file):
+        """The bytes of one file of the released format."""
         if file == INFOS:
             return json.dumps(_routes(city)).encode()
         if file == MAPPING:
@@ -1275,6 +1279,7 @@ def recall_conversations(rng, count, cities=8):
 
 def _backbone_conversation(rng, atlas, picture, routes=None):
     def pick(options):
+        """One of them, each as likely."""
         return options[rng.integers(len(options))]
 
     route, heading = pick(atlas.routes[:routes]), int(rng.integers(360))
@@ -1296,6 +1301,7 @@ def _backbone_conversation(rng, atlas, picture, routes=None):
             for position in rail[:at]]
 
     def say(seen, action):
+        """An answer in the notation of this conversation."""
         return write_answer(seen, steps[here.step].strip(), action, notation, keys)
 
     image = picture and look_around(atlas, here.panorama, here.heading, picture)
@@ -1430,6 +1436,7 @@ def draw_map(atlas, route, size=900):
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
 
     def dot(coordinate, radius, colour, label="", aside=0):
+        """Draw a circle, its label in it or `aside` pixels beside it. Returns its pixel (x, y)."""
         north, east = (np.asarray(coordinate) - middle) * scale / reach
         x, y = float(size / 2 * (1 + east)), float(size / 2 * (1 - north))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
