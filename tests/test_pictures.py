@@ -644,7 +644,8 @@ def test_rl_of_pictures_killed_and_resumed_is_the_same(at_work, monkeypatch, cap
         f"held-out/{cell}" for cell in ("id", "ood", "visual", "both")]
     assert sft.load_backbone(at_work / "killed" / "step-000002").why_blind == ""
     # the figures of pictures hold no run of text, and the other way round
-    assert all(len(evaluate.read_runs(at_work / name, "gp-vl")) == 1 for name in ("whole", "killed"))
+    for name in ("whole", "killed"):
+        assert len(evaluate.read_runs(at_work / name, "gp-vl")) == 1
     with pytest.raises(sft.Problem, match="gp-l"):
         evaluate.read_runs(at_work, "gp-l")
     evaluate.plot(at_work, at_work / "figure.png", "gp-vl")
