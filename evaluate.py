@@ -20,6 +20,7 @@ Shapes: B episodes in a batch, K turns of an episode, T tokens, V vocabulary.
     python evaluate.py --model ... --show 4                            transcripts
     python evaluate.py --model ... --task gp-vl --ood                  in pictures
     python evaluate.py --model ... --task virl-l --ood                 walks
+    python evaluate.py --model ... --task virl-vl --ood --blindfold    does it need its eyes?
     python evaluate.py --run runs/sft-gp-l-s0 --ood                    every checkpoint of a run
     python evaluate.py --plot results --out results/figure.png         the figure, from metrics
 
@@ -335,11 +336,12 @@ class Reader:
 
 @torch.no_grad()
 def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, keep_cache=True,
-         progress=None):
+         progress=None, blindfold=False):
     """Play one episode in every environment, all in one batch. Returns a list of Episode.
 
     temperature 0 takes the likeliest token; otherwise `generator` (a torch.Generator on the model's
     device) draws. keep_cache=False reads each conversation again at every try: slower, for checks.
+    blindfold: every picture is grey.
     """
     backbone.model.eval()       # train mode with checkpointing samples wrong tokens, silently
     device = backbone.device
@@ -354,7 +356,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
     for env, seed in zip(envs, seeds):
         observation, _ = env.reset(seed)
         episodes.append(Episode(env, observation["text"]))
-        ids, picture = _user_turn(backbone, observation)
+        ids, picture = _user_turn(backbone, observation, blindfold)
         told.append(ids)
         shown.append(picture)
         pending.append(list(ids))
@@ -383,7 +385,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
             stay.append(row)
             # --- the verifier's message is the next user turn (the paper's sequential revision)
             new[e] = observation["new_conversation"]
-            told[e], picture = _user_turn(backbone, observation)
+            told[e], picture = _user_turn(backbone, observation, blindfold)
             if new[e]:
                 shown[e] = picture              # until the next new conversation, or None
                 spoken[e], pending[e] = [], list(told[e])
@@ -408,10 +410,12 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, kee
     return episodes
 
 
-def _user_turn(backbone, observation):
+def _user_turn(backbone, observation, blindfold=False):
     """(token ids, picture as tensors or None) of what the environment says."""
-    if observation["image"] is not None:
-        return encode_picture(backbone, observation["text"], observation["image"])
+    image = observation["image"]
+    if image is not None:
+        image = Image.new("RGB", image.size, (127, 127, 127)) if blindfold else image
+        return encode_picture(backbone, observation["text"], image)
     return user_ids(backbone, observation["text"], observation["new_conversation"]), None
 
 
@@ -771,13 +775,14 @@ def cell_splits(cells, splits, task):
 
 
 def evaluate(backbone, cells, splits, count, temperature=0.6, batch=256, max_new_tokens=48,
-             quiet=False, task="gp-l", shown=None, where=(TRAINING_CITY, OTHER_CITIES)):
+             quiet=False, task="gp-l", shown=None, where=(TRAINING_CITY, OTHER_CITIES),
+             blindfold=False):
     """Play `count` hands or walks of each cell and split.
 
     Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes, ...}).
 
     batch: episodes played together. It changes the draws, not what is measured: compare models at
-    the same one. task, shown, where: see `cell_environments`.
+    the same one. task, shown, where: see `cell_environments`. blindfold: see `play`.
     """
     results, kept = {}, {}
     # Hands are a function of the cell, and where the draws begin, too: two checkpoints meet the
@@ -791,7 +796,7 @@ def evaluate(backbone, cells, splits, count, temperature=0.6, batch=256, max_new
         for start in range(0, count, batch):
             generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
             episodes += play(backbone, envs[start:start + batch], seeds[start:start + batch],
-                             temperature, max_new_tokens, generator)
+                             temperature, max_new_tokens, generator, blindfold=blindfold)
             for turn in (turn for episode in episodes[start:] for turn in episode.turns):
                 turn.picture = None     # only an update looks again: gigabytes on a large model
             bar.update(len(episodes) - start)
@@ -1339,6 +1344,8 @@ def main():
     group.add_argument("--splits", nargs="+", choices=SPLIT_NAMES, default=["train", "test"],
                        help="hands or routes: train (seen), test (held out), val, all")
     data_flags(group)
+    group.add_argument("--blindfold", action="store_true", help="-vl, with --model: grey in place "
+                       "of every picture; what is still right needed no eyes")
     group = parser.add_argument_group("how")
     group.add_argument("--hands", type=int, default=1000, help="hands or walks a cell (paper: 234; "
                        f"V-IRL: 48); {name_default(TASK_DEFAULTS, 'hands')}")
@@ -1376,6 +1383,8 @@ def main():
     if foreign:
         raise Problem(f"--cells {foreign[0]}: not a cell of {args.task}; it has "
                       f"{', '.join(TASK_CELLS[args.task])}")
+    if args.blindfold and (args.run or not pictured(args.task)):
+        raise Problem("--blindfold: a probe of one --model, for --task gp-vl or virl-vl")
     device = pick_device(args.device)
     Reader.recorded_on = ("cuda",) * args.record
     if args.run:
@@ -1386,10 +1395,12 @@ def main():
     backbone = load_backbone(name, device, dtype=args.dtype)
     check_sight(backbone, args.task, name)
     began = time.time()
-    print(f"{name} on {args.task}: {args.hands} episodes a cell, temperature {args.temperature:g}")
+    print(f"{name} on {args.task}: {args.hands} episodes a cell, temperature {args.temperature:g}"
+          + ", blindfolded" * args.blindfold)
     results, episodes = evaluate(backbone, cells, args.splits, args.hands, args.temperature,
                                  args.batch, args.max_new_tokens, task=args.task,
-                                 shown=picture_options(args), where=places(args))
+                                 shown=picture_options(args), where=places(args),
+                                 blindfold=args.blindfold)
     show(results)
     for cell, m in results.items():
         kinds = ", ".join(f"{kind} {rate:.1%}" for kind, rate in m["errors"].items())

@@ -238,6 +238,20 @@ def test_cache_changes_no_token(any_class):
     assert said[0] == said[1]
 
 
+def test_blindfolded_nothing_is_told_apart(seeing):
+    """Catches a blindfold that leaves a picture, or a text, as it is not meant to."""
+    said = {}
+    for blindfold in (False, True):
+        envs = [Rigged(6, True, picture=SIZE), Rigged(6, True, picture=SIZE), Rigged(2)]
+        said[blindfold] = evaluate.play(seeing, envs, [0, 1, 2], 0, 5, blindfold=blindfold)
+    shown = [[turn.picture["pixel_values"] for turn in e.turns] for e in said[True][:2]]
+    assert all(torch.equal(x, shown[0][0]) for row in shown for x in row)
+    seen = [[turn.picture["pixel_values"] for turn in e.turns] for e in said[False][:2]]
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert said[True][2].turns[0].picture is None
+    assert said[True][2].turns[0].answer_ids == said[False][2].turns[0].answer_ids
+
+
 def test_picture_is_seen_by_its_row_alone(any_class):
     """Catches a picture without effect, and one that a neighbour in the batch sees as well."""
     rows = [sft.encode(any_class, conversation) for conversation in pictured()]
