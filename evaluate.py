@@ -444,6 +444,9 @@ def _answer(backbone, reader, block, pictures, temperature, max_new_tokens, gene
             # this temperature, and that has to be the policy that played. The log-probabilities
             # kept here are for rl.self_check, which compares the two.
             logprobs = torch.log_softmax(logits / temperature, dim=-1)
+            if step == 0 and logprobs.isnan().any():
+                raise Problem("the model's output is not a number: its weights are damaged, a "
+                              "learning rate was too high, or --temperature is too near 0")
             token = torch.multinomial(logprobs.exp(), 1, generator=generator)      # (B, 1)
         else:
             logprobs = torch.log_softmax(logits, dim=-1)
@@ -915,16 +918,22 @@ def read_runs(folder, task="gp-l"):
             if not rows or args.get("task", task) != task:      # not measured yet, or another game
                 continue
             for row in rows:                        # every number that a figure or table asks for
-                float(row["flops_spent"]), int(row["hands"])
+                if not (0 <= row["flops_spent"] < 1e40 and 0 < row["hands"] < 1e9):
+                    raise ValueError("compute or hands are no such numbers")
                 for m in row["cells"].values():
-                    [float(m[measure]) for measure in TABLE[task][1]]
-            alike = groups.setdefault("blind " * bool(args.get("drop_pictures")) + args["kind"], [])
+                    if not all(0 <= m[measure] <= 1 and m.get(SHARE_OF.get(measure), 1) >= 0
+                               for measure in TABLE[task][1]):
+                        raise ValueError("a rate is not between 0 and 1")
+            kind = "blind " * bool(args.get("drop_pictures")) + args["kind"]
+            if kind not in ARMS or not isinstance(args["seed"], int):
+                raise ValueError("neither a run of sft.py nor of rl.py")
+            alike = groups.setdefault(kind, [])
             home = next((g for g in alike if not _difference(args, g[0][1])
                          and args["seed"] not in [known["seed"] for _, known, _ in g]), None)
             if home is None:
                 alike.append(home := [])
             home.append((path.parent, args, rows))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Problem(f"{path.parent}: not a run this script can read ({error})") from None
     if not groups:
         raise Problem(f"{folder}: no eval.jsonl of {task} below it; make one with rl.py, or with "
@@ -976,7 +985,7 @@ def curve(runs, kind, cell, measure_name="success", against=None):
 
 def gain(hits, count, hits_before, count_before, z=1.96):
     """Difference of two rates with its 95 % interval (Newcombe 1998, from two Wilson intervals)."""
-    p, q = hits / count, hits_before / count_before
+    p, q = hits / max(1, count), hits_before / max(1, count_before)
     (low_p, high_p), (low_q, high_q) = wilson(hits, count, z), wilson(hits_before, count_before, z)
     return (p - q, p - q - math.hypot(p - low_p, high_q - q),
             p - q + math.hypot(high_p - p, q - low_q))
@@ -1010,18 +1019,19 @@ def table(runs, task="gp-l"):
     for kind, (label, _) in ARMS.items():
         ends[label] = {seed: rows[-1] for run_kind, seed, rows in runs if run_kind == kind}
     names = [n for n in ends if ends[n]]
+    gained = names[1:] if ends["start"] else []
     heading, said = TABLE[task]
-    lines = [f"| {heading} | " + " | ".join(names) + " | " + " | ".join(
-        f"{n} - start [95 % interval] (seeds)" for n in names[1:]) + " |",
-        "|---" * (2 * len(names)) + "|"]
-    cells = next(iter((ends["RL"] or ends["SFT"]).values()))["cells"]
+    lines = [" | ".join([f"| {heading}", *names] + [f"{n} - start [95 % interval] (seeds)"
+                                                    for n in gained]) + " |",
+             "|---" * (1 + len(names) + len(gained)) + "|"]
+    cells = next(iter((ends["RL"] or ends[names[0]]).values()))["cells"]
     for cell, measure_name in [(c, m) for m in said for c in cells
                                if all(c in r["cells"] for n in names for r in ends[n].values())]:
         line = [cell + said[measure_name]]
         for name in names:
             rates = [100 * row["cells"][cell][measure_name] for row in ends[name].values()]
             line.append(f"{sum(rates) / len(rates):.1f} ({min(rates):.1f}-{max(rates):.1f})")
-        for name in names[1:]:
+        for name in gained:
             gains = [gain(*_hits(row, cell, measure_name),
                           *_hits(ends["start"][seed], cell, measure_name))
                      for seed, row in ends[name].items() if seed in ends["start"]]
@@ -1288,8 +1298,8 @@ def evaluate_run(args, cells, splits, device):
             raise Problem(f"--run {args.run}: it was trained with --{key.replace('_', '-')} "
                           f"{said[key]}, you ask for {getattr(args, key)}: play the same game")
     path = folder / "eval.jsonl"
-    rows = {row["step"]: row for row in read_lines(path)}
-    trained = {row["step"]: row for row in read_lines(folder / "metrics.jsonl")}
+    rows = {row["step"]: row for row in read_lines(path) if {"step", "hands", "cells"} <= set(row)}
+    trained = {row.get("step"): row for row in read_lines(folder / "metrics.jsonl")}
     if any("approx_kl" in row for row in trained.values()):
         raise Problem(f"--run {args.run}: a run of rl.py, which has measured itself; give one of "
                       "its checkpoints as --model")
@@ -1316,7 +1326,7 @@ def evaluate_run(args, cells, splits, device):
         print(f"step {step}")
         show(results)
         # SFT: the paper's formula is what was spent
-        spent = trained[step]["flops"] if step in trained else 0
+        spent = trained.get(step, {}).get("flops", 0)
         rows[step] = {"step": step, "hands": args.hands, "how": how, "flops": spent,
                       "flops_spent": spent, "cells": before["cells"] | results}
         aside = path.with_suffix(".tmp")

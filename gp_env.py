@@ -746,7 +746,7 @@ def main():
     while not (terminated or truncated):
         try:
             text = input("> ").strip()
-        except EOFError:
+        except (EOFError, UnicodeError, RuntimeError):      # the last: stdin is closed
             text = ""
         if not text:
             break

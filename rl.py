@@ -680,12 +680,12 @@ def run(args):
          {"params": list(head.parameters()), "lr": args.value_lr}], (0.9, 0.999))
     first, counts = 0, {"init": 0, "trained": 0, "sampled": 0}
     if saved:
-        first, state = saved[-1][0], load_state(saved[-1][1], ("optimizer", "head", "counts"))
-        optimizer.load_state_dict(state["optimizer"])
-        head.load_state_dict(state["head"])
-        counts = state["counts"]
+        (first, path), state = saved[-1], load_state(saved[-1][1], ("optimizer", "head", "counts"))
+        sft.restore(path, [(optimizer, state["optimizer"]), (head, state["head"])])
+        known = state["counts"] if isinstance(state["counts"], dict) else {}
+        counts = {key: sft.whole_number(known.get(key), path) for key in counts}
     elif (pathlib.Path(start) / "state.pt").exists():
-        counts["init"] = load_state(start).get("tokens", 0)
+        counts["init"] = sft.whole_number(load_state(start).get("tokens", 0), start)
     reference, passes = (sft.open_backbone(args, start), 3) if args.kl_coef > 0 else (None, 2)
     size = task_parameters(model, pictures=sft.pictured(args.task))
     if not look_only:

@@ -264,8 +264,8 @@ def wrap_backbone(model, tokenizer, name="model", processor=None):
                       "(sliding windows, or no attention); not supported")
     rows = model.get_output_embeddings().weight.shape[0]
     return Backbone(model, tokenizer,
-                    end_ids=list(dict.fromkeys([end_id] + [i for i in listed if i is not None])),
-                    banned=sorted(i for i in banned if i is not None and i < rows),
+                    end_ids=list(dict.fromkeys([end_id] + [i for i in listed if type(i) is int])),
+                    banned=sorted(i for i in banned if type(i) is int and i < rows),
                     before_first=before_first, before_answer=before_answer,
                     before_next=after_answer[len(end_text):], processor=processor,
                     why_blind=why_blind, before_picture=before_picture)
@@ -545,9 +545,8 @@ def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, re
         first, path = checkpoints(folder)[-1]
         state = load_state(path, ("optimizer", "tokens"))
         restored = load_backbone(path, dtype=str(model.dtype).removeprefix("torch."))
-        model.load_state_dict(restored.model.state_dict())
-        optimizer.load_state_dict(state["optimizer"])
-        tokens = state["tokens"]
+        restore(path, [(model, restored.model.state_dict()), (optimizer, state["optimizer"])])
+        tokens = whole_number(state["tokens"], path)
     metrics = Metrics(folder, resume_at=first if resume else None)
     count = task_parameters(model, pictures)
 
@@ -679,7 +678,7 @@ def picture_size(text):
         return gp_env.PICTURE_SIZE
     width, _, height = text.lower().partition("x")
     least = gp_env.PICTURE_SIZE
-    if not (width.isdigit() and height.isdigit() and least[0] <= int(width) <= 4096
+    if not (width.isdecimal() and height.isdecimal() and least[0] <= int(width) <= 4096
             and least[1] <= int(height) <= 4096):
         raise Problem(f"--picture-size {text}: give WIDTHxHEIGHT in pixels, from {least[0]}x"
                       f"{least[1]} to 4096x4096")
@@ -749,9 +748,14 @@ def save_checkpoint(folder, backbone, state=None):
             shutil.rmtree(old)
         else:
             aside.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
+        if isinstance(error, OSError) or not isinstance(error, Exception):
+            raise
+        # torch and safetensors have errors of their own for a disk that is full
+        said = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise Problem(f"{folder} cannot be written ({said}): is the disk full? Nothing saved "
+                      "before is lost") from None
 
 
 def clear_up(folder):
@@ -764,6 +768,14 @@ def clear_up(folder):
             shutil.rmtree(old)                          # the new one is in place
         else:
             old.rename(whole)                           # killed between the two moves
+
+
+def whole_number(value, path):
+    """`value`, a count of tokens that a checkpoint told. Raises Problem if it is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise Problem(f"{path}: state.pt counts {str(value)[:40]!r} tokens: not from this project, "
+                      "or damaged; go on from another checkpoint")
+    return value
 
 
 def load_state(folder, keys=()):
@@ -783,10 +795,25 @@ def load_state(folder, keys=()):
                       "checkpoint folder and resume from the one before") from None
 
 
+def restore(path, pairs):
+    """Give saved states back to their owners. pairs: (owner, what its state_dict() was).
+
+    Raises Problem if one does not fit: the checkpoint in `path` is of another run, or damaged.
+    """
+    try:
+        for owner, saved in pairs:
+            owner.load_state_dict(saved)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:          # each owner has errors of its own
+        raise Problem(f"{path}: state.pt does not fit this run ({type(error).__name__}); delete "
+                      "this checkpoint folder and resume from the one before") from None
+
+
 def checkpoints(folder):
     """The complete checkpoints of a run folder, oldest first, as (step, path)."""
     found = [(int(p.name.rsplit("-", 1)[1]), p) for p in pathlib.Path(folder).glob("step-*")
-             if p.name.rsplit("-", 1)[1].isdigit() and (p / "config.json").exists()]
+             if p.name.rsplit("-", 1)[1].isdecimal() and (p / "config.json").exists()]
     return sorted(found)
 
 
@@ -802,7 +829,7 @@ def read_json(path):
     try:
         value = json.loads(pathlib.Path(path).read_text())
         return value if isinstance(value, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -810,11 +837,14 @@ def read_lines(path):
     """The rows (dicts) of a .jsonl file up to the first damaged line; [] if there is no file."""
     rows = []
     if pathlib.Path(path).exists():
-        for line in pathlib.Path(path).read_text().splitlines():
+        for line in pathlib.Path(path).read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 break                           # cut by a kill
+            if not isinstance(row, dict):
+                break
+            rows.append(row)
     return rows
 
 
@@ -828,7 +858,8 @@ class Metrics:
     def __init__(self, folder, resume_at=None, name="metrics.jsonl"):
         self.path = pathlib.Path(folder) / name
         kept = [] if resume_at is None else [
-            row for row in read_lines(self.path) if row["step"] <= resume_at]
+            row for row in read_lines(self.path)
+            if isinstance(row.get("step"), int) and row["step"] <= resume_at]
         aside = self.path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         aside.rename(self.path)
@@ -858,10 +889,9 @@ def open_run(folder, args, kind):
         if not args.resume:
             raise Problem(f"{folder} holds a run already: add --resume to go on with it, or give "
                           "another --out")
-        try:
-            before = json.loads(known.read_text())
-        except ValueError:
-            raise Problem(f"{known} is damaged: give another --out") from None
+        before = read_json(known)
+        if not before:
+            raise Problem(f"{known} is damaged: give another --out")
         # a key that is not there is a flag that did not exist then
         changed = sorted(k for k in settings if (k in before or k == "kind")
                          and before.get(k) != settings[k])

@@ -353,13 +353,16 @@ class Atlas:
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             kind = "missing field" if isinstance(error, KeyError) else "wrong type:"
             raise problem(f"{kind} {error}") from None
-        if not all(map(math.isfinite, sum(points, ()))):
-            raise problem("a coordinate is not a finite number")
+        known = points + [geocode for _, geocode in places]
+        if not all(len(point) == 2 and max(map(abs, point)) <= 360 for point in known):
+            raise problem("a coordinate is not (latitude, longitude) in degrees")
         if len(points) < 2:
             raise problem("geocode_list is empty")
         blocks = parse_milestones(text) if isinstance(text, str) else []
         if not blocks or not all(block.get("landmarks", "?") for block in blocks):
             raise problem("milestone_info, or the landmarks in it, are empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):   # half of a pair: not text
+            raise problem("milestone_info holds a character that no text can")
         if len(blocks) != len(points) - 1:
             raise problem(f"milestone_info has {len(blocks)} blocks for {len(points) - 1} points")
         headings, words, landmarks = [], [], [NOTHING]
@@ -416,7 +419,7 @@ class Atlas:
             return self.load(f"street_views/{name}.jpg", limit), float(rotation)
         except RouteProblem as error:
             raise RouteProblem(error.file, error.what, self.visited.get(name)) from None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise RouteProblem(f"{self.where}/{file}", "it gives no rotation",
                                self.visited.get(name)) from None
 
@@ -1475,7 +1478,7 @@ def walk(env, seed, route):
     while not (terminated or truncated):
         try:
             text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt, UnicodeError, RuntimeError):   # the last: no stdin
             text = ""
         if not text:
             print("The action here is", env.expert_action())

@@ -467,13 +467,17 @@ def test_other_settings_are_left_out_by_name(tmp_path, capsys):
     assert "bare, for its --from-backbone" in said[0] and "twice, for its --seed" in said[1]
 
 
-@pytest.mark.parametrize("case", ["only SFT", "only RL", "not measured yet", "fewer cells"])
+@pytest.mark.parametrize("case", ["only SFT", "only RL", "not measured yet", "fewer cells",
+                                  "only blind"])
 def test_unfinished_runs_are_drawn_or_named(tmp_path, monkeypatch, capsys, case):
     """Catches a traceback when one looks at runs before all of them are done."""
-    if case != "only SFT":
+    if not case.startswith("only"):
         write_run(tmp_path / "rl", "rl", 0, {0: 0.1, 10: 0.5})
-    if case != "only RL":
         write_run(tmp_path / "sft", "sft", 0, {10: 0.9})
+    if case == "only RL":
+        write_run(tmp_path / "rl", "rl", 0, {0: 0.1, 10: 0.5})
+    elif case.startswith("only"):
+        write_run(tmp_path / "sft", "sft", 0, {10: 0.9}, drop_pictures=case == "only blind")
     if case == "not measured yet":              # rl.py opens the file before it plays
         write_run(tmp_path / "new", "rl", 1, {})
     if case == "fewer cells":                   # measured without --ood
@@ -510,14 +514,27 @@ def test_figure_is_drawn(tmp_path, monkeypatch, capsys):
     assert out.read_bytes() == before, "the same metrics must give the same file"
 
 
+LINE = ('{{"step": 0, "hands": {hands}, "flops_spent": {flops}, "cells": '
+        '{{"held-out/id": {{"success": {rate}, "numbers_read": 0}}}}}}\n')
+
+
 @pytest.mark.parametrize("name, content", [
     ("eval.jsonl", '{"step": 0, "flo'),
     ("eval.jsonl", '{"step": 0}\n'),
     ("eval.jsonl", '[1, 2]\n'),
     ("eval.jsonl", '{"step": 0, "flops": 1, "cells": {"held-out/id": {}}}\n'),
+    ("eval.jsonl", LINE.format(hands=0, flops=1, rate=0.5)),
+    ("eval.jsonl", LINE.format(hands='"9"', flops=1, rate=0.5)),
+    ("eval.jsonl", LINE.format(hands=9, flops="Infinity", rate=0.5)),
+    ("eval.jsonl", LINE.format(hands=9, flops="NaN", rate=0.5)),
+    ("eval.jsonl", LINE.format(hands=9, flops=1, rate=2)),
+    ("eval.jsonl", LINE.format(hands=9, flops=1, rate='"1"')),
+    ("eval.jsonl", "[" * 100_000),
     ("args.json", "{"),
     ("args.json", "[]"),
     ("args.json", "{}"),
+    ("args.json", '{"kind": "other", "seed": 1, "task": "gp-l"}'),
+    ("args.json", '{"kind": "rl", "seed": [1], "task": "gp-l"}'),
     ("args.json", None),
 ])
 def test_damaged_runs_are_named(tmp_path, monkeypatch, capsys, name, content):
@@ -568,6 +585,33 @@ def test_a_measured_step_gets_the_cells_that_it_lacks(tiny, tmp_path, monkeypatc
         assert code == 0, error
     row, = map(json.loads, (tmp_path / "eval.jsonl").read_text().splitlines())
     assert list(row["cells"]) == ["held-out/id", "held-out/fake"] and row["hands"] == 2
+
+
+@pytest.mark.parametrize("name, text", [
+    ("eval.jsonl", "[1]\n"), ("eval.jsonl", '{"step": 1}\n'), ("eval.jsonl", "\xff"),
+    ("metrics.jsonl", "7\n"), ("metrics.jsonl", '{"step": 1}\n'), ("metrics.jsonl", "\xff"),
+    ("args.json", "[]"), ("args.json", "\xff"),
+    ("step-\N{SUPERSCRIPT TWO}/config.json", "{}")])
+def test_rubbish_in_a_run_folder_costs_nothing(tiny, tmp_path, monkeypatch, capsys, name, text):
+    """Catches a traceback on a file that was cut, or that another program has left there."""
+    sft.save_checkpoint(tmp_path / "step-000001", tiny)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    code, error = command(monkeypatch, capsys, evaluate, "--run", tmp_path, "--hands", 2,
+                          "--max-new-tokens", 2, "--splits", "test")
+    assert code == 0, error
+    row, = map(json.loads, (tmp_path / "eval.jsonl").read_text().splitlines())
+    assert list(row["cells"]) == ["held-out/id"]
+
+
+def test_output_that_is_no_number_ends_in_one_line(tiny, tmp_path, monkeypatch, capsys):
+    """Catches a traceback from the sampler where a learning rate has wrecked the weights."""
+    with torch.no_grad():
+        tiny.model.get_output_embeddings().weight[3] = torch.nan
+    sft.save_checkpoint(tmp_path / "wreck", tiny)
+    flags = ["--hands", 2, "--max-new-tokens", 2]
+    assert_one_line(*command(monkeypatch, capsys, evaluate, "--model", tmp_path / "wreck", *flags),
+                    "evaluate.py: ", "not a number")
 
 
 @pytest.mark.parametrize("args, more, words", [

@@ -776,14 +776,21 @@ def test_every_json_line_of_a_run_is_strict(rigged, monkeypatch, capsys):
             json.loads(line, parse_constant=refuse)
 
 
-@pytest.mark.parametrize("damage", ["cut", "another list", "another dict"])
+@pytest.mark.parametrize("damage", ["cut", "another list", "another dict", "another head",
+                                    "another optimizer", "no counts", "odd counts"])
 def test_damaged_checkpoint_is_refused(rigged, monkeypatch, capsys, damage):
     """Catches a resume that silently starts anew when its state cannot be read, or a traceback."""
     train(monkeypatch, capsys, "run", "--updates", 1)
     path = rigged / "run" / "step-000001" / "state.pt"
     {"cut": lambda: path.write_bytes(path.read_bytes()[:1000]),
      "another list": lambda: torch.save([1, 2], path),
-     "another dict": lambda: torch.save({"tokens": 1}, path)}[damage]()
+     "another dict": lambda: torch.save({"tokens": 1}, path),
+     "another head": lambda: torch.save(sft.load_state(path.parent) | {"head": {}}, path),
+     "another optimizer": lambda: torch.save(
+         sft.load_state(path.parent) | {"optimizer": {"state": {}, "param_groups": []}}, path),
+     "no counts": lambda: torch.save(sft.load_state(path.parent) | {"counts": 3}, path),
+     "odd counts": lambda: torch.save(
+         sft.load_state(path.parent) | {"counts": {"init": "1"}}, path)}[damage]()
     code, error = command(monkeypatch, capsys, rl, "--model", "model", *FLAGS, "--updates", 1,
                           "--out", "run", "--resume")
     assert_one_line(code, error, "state.pt")

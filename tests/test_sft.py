@@ -433,6 +433,22 @@ def test_failed_save_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, erro
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
+def test_a_disk_that_is_full_is_named(tiny, tmp_path, monkeypatch):
+    """Catches the traceback that torch and safetensors make of a full disk, and lost checkpoints."""
+    folder = tmp_path / "step-000001"
+    sft.save_checkpoint(folder, tiny, {"tokens": 1})
+    before = files_of(folder)
+
+    def full(value, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(sft.Problem, match="disk full"):
+            sft.save_checkpoint(folder, tiny, {"tokens": 2})
+    assert files_of(folder) == before and len(list(tmp_path.iterdir())) == 1
+
+
 def test_checkpoint_is_moved_into_place(tiny, tmp_path, monkeypatch):
     """Catches files copied into the final folder one by one: a kill leaves half of them."""
     written = []
