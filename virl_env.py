@@ -354,8 +354,8 @@ class Atlas:
             kind = "missing field" if isinstance(error, KeyError) else "wrong type:"
             raise problem(f"{kind} {error}") from None
         known = points + [geocode for _, geocode in places]
-        if not all(len(point) == 2 and max(map(abs, point)) <= 360 for point in known):
-            raise problem("a coordinate is not (latitude, longitude) in degrees")
+        if not all(len(point) == 2 and all(abs(x) <= 360 for x in point) for point in known):
+            raise problem("a coordinate is not two finite numbers of degrees")
         if len(points) < 2:
             raise problem("geocode_list is empty")
         blocks = parse_milestones(text) if isinstance(text, str) else []

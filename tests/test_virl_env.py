@@ -237,7 +237,15 @@ BAD = [
     ("coordinates are text", at_route(lambda r: r["route_results"].update(
         geocode_list=["here", "there"])), None, ["route 1", "wrong type"]),
     ("a coordinate is NaN", at_route(lambda r: r["start_place"].update(
-        relocated_geocode=[math.nan, 0])), None, ["route 1", "not a finite number"]),
+        relocated_geocode=[math.nan, 0])), None, ["route 1", "finite"]),
+    ("the second one is NaN", at_route(lambda r: r["start_place"].update(
+        relocated_geocode=[0, math.nan])), None, ["route 1", "finite"]),
+    ("a place is nowhere", at_route(lambda r: r["dest_place"].update(
+        geocode=[1e300, 0])), None, ["route 1", "finite"]),
+    ("a place has three numbers", at_route(lambda r: r["dest_place"].update(
+        geocode=[1, 2, 3])), None, ["route 1", "two"]),
+    ("half a character", edit("No landmark nearby", "\ud83d Cafe"), None,
+     ["route 1", "character"]),
     ("heading is infinite", at_route(lambda r: r.update(init_heading=math.inf)), None,
      ["route 1", "wrong type"]),
     ("no points", at_route(lambda r: r["route_results"].update(geocode_list=[])), None,
