@@ -307,7 +307,11 @@ class Reader:
             if self.recording is None or self.recording.left == 0:
                 self.settle()
                 if Recording.possible(self):
-                    self.recording = Recording(self, ids, inside)
+                    try:
+                        self.recording = Recording(self, ids, inside)
+                    except Problem as problem:
+                        Reader.recorded_on = ()
+                        tqdm.write(str(problem))
             if self.recording:
                 return self.recording.play(ids, inside)
         self.settle()
@@ -519,38 +523,45 @@ class Recording:
             for kept in layer.room:
                 kept[:, :, self.width:] = 0     # never written: a NaN there would spread, masked
             layer.slot = self.slot
-        if device.type == "cuda":               # on a CPU, for tests, the step is just called
-            with torch.cuda.device(device):
-                self._record(device)
-
-    def _record(self, device):
-        """Make the graph, and see that it does what the step does. Raises Problem."""
-        if device not in self.streams:
-            self.streams[device] = torch.cuda.Stream()
-        aside = self.streams[device]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):          # once without recording, as CUDA asks for
-            expected = self.step()
-        torch.cuda.current_stream().wait_stream(aside)
-        self._rewind()
         try:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=aside):
-                self.logits = self.step()
-            self.graph.replay()
+            self._record(device)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:           # what a model does on its way may forbid it
-            short = isinstance(error.__context__, torch.OutOfMemoryError)
-            raise error.__context__ if short else Problem(
-                f"the step of one token cannot be recorded for this model; add --no-record ("
-                f"{str(error).splitlines()[0]})") from None
-        open_ids = expected.isfinite()          # all but the banned tokens
-        gap = (self.logits - expected)[open_ids].abs().mean().item()
-        if not gap < 0.05:
-            raise Problem(f"the recorded step of one token differs from the step itself by "
-                          f"{gap:.2g}; add --no-record")
-        self._rewind()
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            self.graph = None
+            self._rewind()
+            self.end()
+            raise Problem(f"the reading of one token cannot be recorded here, it goes on step by "
+                          f"step, slower ({str(error).splitlines()[0]}). Should memory run short, "
+                          "begin with --no-record") from None
+
+    def _record(self, device):
+        """Make the graph, and see that it does what the step does. Raises RuntimeError."""
+        if device.type != "cuda":               # on a CPU, for tests, the step is just called
+            return
+        with torch.cuda.device(device):
+            if device not in self.streams:
+                self.streams[device] = torch.cuda.Stream()
+            aside, main = self.streams[device], torch.cuda.current_stream()
+            aside.wait_stream(main)
+            with torch.cuda.stream(aside):      # once without recording, as CUDA asks for
+                expected = self.step()
+            main.wait_stream(aside)
+            self._rewind()
+            try:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=aside):
+                    self.logits = self.step()
+            finally:
+                torch.cuda.set_stream(main)     # a recording that failed would leave the other one
+            self.graph.replay()
+            open_ids = expected.isfinite()      # all but the banned tokens
+            gap = (self.logits - expected)[open_ids].abs().mean().item()
+            if not gap < 0.05:
+                raise RuntimeError(f"played back it differs by {gap:.2g}")
+            self._rewind()
 
     def _rewind(self):
         """As if no step had been made."""

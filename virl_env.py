@@ -645,8 +645,8 @@ class Navigation:
     walk ends. (Its first position is always a turn: a model that fails at turns is measured on
     nothing else.) True: the expert's action is taken and the walk goes on to its destination.
     scoring_rule: the `fake` probe, as in gp_env.py: the prompt states `rule`, this one is scored.
-    announce: with pictures, tell when the walker stands at an intersection, as the paper does; a
-    walk can then be made with closed eyes, for all else is written in the steps.
+    announce: with pictures, tell when the walker stands at an intersection, as the paper does; many
+    walks can then be made with closed eyes, for all else is written in the steps.
     Raises RouteProblem for data that cannot be used.
 
     An observation is a dict: "text", the next user turn; "image", a PIL image or None;

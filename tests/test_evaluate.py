@@ -725,15 +725,28 @@ def test_a_recording_dies_with_its_game(tiny, monkeypatch):
         gc.enable()
 
 
-@NEEDS_GPU
-def test_what_cannot_be_recorded_names_the_flag(tiny, monkeypatch):
-    """Catches a traceback, or the same logits at every step, where CUDA does not record."""
-    tiny.model.cuda()
-    logits = evaluate.Reader.logits
-    monkeypatch.setattr(evaluate.Reader, "logits", lambda self, *args: (
-        logits(self, *args) + self.mask.sum().item() * 0))      # waits: forbidden in a recording
-    with pytest.raises(sft.Problem, match="--no-record"):
-        evaluate.play(tiny, [Rigged(2)], range(1), 0.6, 6, torch.Generator("cuda"))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_what_cannot_be_recorded_is_read_step_by_step(tiny, monkeypatch, capsys, device):
+    """Catches a run that dies, or the same logits at every step, where CUDA does not record."""
+    tiny.model.to(device)
+    games = [[Rigged(2), Rigged(6)] for _ in range(2)]
+    plain, found = [], []
+    monkeypatch.setattr(evaluate.Reader, "recorded_on", ())
+    plain = evaluate.play(tiny, games[0], range(2), 0.6, 6, torch.Generator(device).manual_seed(0))
+    monkeypatch.setattr(evaluate.Reader, "recorded_on", (device,))
+    logits, record = evaluate.Reader.logits, evaluate.Recording._record
+    if device == "cuda":
+        monkeypatch.setattr(evaluate.Reader, "logits", lambda self, *args: (
+            logits(self, *args) + self.mask.sum().item() * 0))  # waits: forbidden in a recording
+    else:
+        def fail(self, device):
+            record(self, device)
+            self.step()
+            raise RuntimeError("operation not permitted when stream is capturing")
+        monkeypatch.setattr(evaluate.Recording, "_record", fail)
+    found = evaluate.play(tiny, games[1], range(2), 0.6, 6, torch.Generator(device).manual_seed(0))
+    assert said(found) == said(plain) and evaluate.Reader.recorded_on == ()
+    assert capsys.readouterr().out.count("--no-record") == 1
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
