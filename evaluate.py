@@ -1316,6 +1316,9 @@ def evaluate_run(args, cells, splits, device):
                       "its checkpoints as --model")
     wanted = {f"{SPLIT_NAMES[split]}/{cell}" for cell, split in cell_splits(cells, splits,
                                                                           args.task)}
+    absent = sorted(set(args.steps or ()) - {step for step, _ in found})
+    if absent:
+        raise Problem(f"--steps {absent[0]}: {folder} has no such checkpoint")
     for step, checkpoint in found:
         if args.steps and step not in args.steps:
             continue
@@ -1404,6 +1407,8 @@ def main():
     if foreign:
         raise Problem(f"--cells {foreign[0]}: not a cell of {args.task}; it has "
                       f"{', '.join(TASK_CELLS[args.task])}")
+    if args.steps and not args.run:
+        raise Problem("--steps says which checkpoints of a --run to play; give one")
     if args.blindfold and (args.run or not pictured(args.task)):
         raise Problem("--blindfold: a probe of one --model, for --task gp-vl or virl-vl")
     device = pick_device(args.device)

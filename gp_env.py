@@ -746,7 +746,7 @@ def main():
     while not (terminated or truncated):
         try:
             text = input("> ").strip()
-        except (EOFError, UnicodeError, RuntimeError):      # the last: stdin is closed
+        except (EOFError, KeyboardInterrupt, UnicodeError, RuntimeError):   # the last: no stdin
             text = ""
         if not text:
             break

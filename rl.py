@@ -525,7 +525,8 @@ def make_start(args, backbone):
         if made == [key] and (path / "state.pt").exists():
             print(f"SFT start: {path} (made by an earlier run)")
             return path
-        if made in ([], [key]):         # else: made with other flags; another run may be using it
+        # what was made with other flags may be in use; what has an args.json is not a start
+        if made in ([], [key]) and not (folder / "args.json").exists():
             break
     print(f"SFT start: none given, so {args.sft_start_step} steps of SFT first, into {path}")
     shutil.rmtree(folder, ignore_errors=True)

@@ -45,6 +45,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from logging import getLogger
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -94,8 +95,14 @@ def guarded(main):
         print(f"{name}: {' '.join(str(problem).split())}", file=sys.stderr)
         return 2
     except OSError as error:
-        what = "the disk is full: free some space" if error.errno == errno.ENOSPC else str(error)
-        print(f"{name}: {what}; nothing saved before is lost, {again}", file=sys.stderr)
+        what = (f"the disk is full: free some space; nothing saved before is lost, {again}"
+                if error.errno == errno.ENOSPC else
+                f"{error}; nothing saved before is lost: see to that path, or give another")
+        print(f"{name}: {what}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(f"{name}: out of memory: ask for less at once (episodes, hands, batch); nothing "
+              f"saved before is lost, {again}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
         sampling = "play" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}
@@ -147,7 +154,7 @@ def pick_device(name):
         raise Problem("--device cuda: no GPU is visible to torch here; use --device cpu")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
+        if device.type not in ("cpu", "cuda") or str(device).startswith("cpu:"):
             raise RuntimeError
         return device
     except RuntimeError:
@@ -165,6 +172,8 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
                               AutoTokenizer)
     from transformers.utils import logging
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    getLogger("huggingface_hub").setLevel("ERROR")
     folder = pathlib.Path(name)
     # A hub name is "owner/model"; anything else that is not here would be asked for in vain.
     local = folder.is_absolute() or str(name).count("/") != 1 or folder.parent.exists()
@@ -178,8 +187,11 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         sees = getattr(config, "vision_config", None) is not None
         kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = kind.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=False,
-                                     use_safetensors=True)
+        model, found = kind.from_pretrained(
+            name, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True)
+        if found["missing_keys"]:       # transformers would go on with random numbers
+            raise ValueError(f"{len(found['missing_keys'])} of its tensors are missing")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:      # the loaders raise a dozen types for one thing: cannot load
         raise Problem(f"--model {name}: {why_not(error, local)}") from None
@@ -262,6 +274,11 @@ def wrap_backbone(model, tokenizer, name="model", processor=None):
     if set(getattr(text, "layer_types", None) or []) - {"full_attention"}:
         raise Problem(f"--model {name}: some of its layers do not attend to all that was said "
                       "(sliding windows, or no attention); not supported")
+    # (Its length would not do: some list tokens, for padding say, that no text turns into.)
+    used = tokenizer(whole + string.printable, add_special_tokens=False)["input_ids"]
+    if max(used) >= model.get_input_embeddings().weight.shape[0]:
+        raise Problem(f"--model {name}: its tokenizer knows more tokens than the model has: they "
+                      "do not belong together")
     rows = model.get_output_embeddings().weight.shape[0]
     return Backbone(model, tokenizer,
                     end_ids=list(dict.fromkeys([end_id] + [i for i in listed if type(i) is int])),
@@ -513,8 +530,8 @@ def check_refused(backbone, path):
     """Stop after three refused steps in a row; the caller has saved `path`. Raises Problem."""
     if backbone.refused >= 3:
         raise Problem(f"three gradients in a row were not finite. The weights from before them "
-                      f"are in {path}: go on from there with a lower --lr, or ask why (rl.py "
-                      "--init, sft.py --model)")
+                      f"are in {path}: go on from there, or from an earlier checkpoint, with a "
+                      "lower --lr (rl.py --init, sft.py --model)")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -592,7 +609,8 @@ def train(backbone, draw, folder, steps, lr, warmup, save_at, micro_batch=64, re
             print(f"  step {step + 1}/{stop_at}  loss {loss:.3f}  {left / 60:.1f} min left",
                   flush=True)
         bar.set_postfix(loss=f"{loss:.3f}")
-    return checkpoints(folder)[-1][1]
+    last = folder / f"step-{stop_at:06d}"       # resumed beyond `stop_at`: the newest
+    return last if last.exists() else checkpoints(folder)[-1][1]
 
 
 def run_sft(args, folder, stop_at=None, report=None, backbone=None):
@@ -834,17 +852,23 @@ def read_json(path):
 
 
 def read_lines(path):
-    """The rows (dicts) of a .jsonl file up to the first damaged line; [] if there is no file."""
+    """The rows (dicts) of a .jsonl file, [] if there is none; a damaged last line is dropped.
+
+    Raises Problem for one further up: what stands behind it would be lost.
+    """
     rows = []
     if pathlib.Path(path).exists():
-        for line in pathlib.Path(path).read_bytes().splitlines():
+        lines = pathlib.Path(path).read_bytes().splitlines()
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError
+                rows.append(row)
             except (ValueError, RecursionError):
-                break                           # cut by a kill
-            if not isinstance(row, dict):
-                break
-            rows.append(row)
+                if number < len(lines):         # the last one may have been cut by a kill
+                    raise Problem(f"{path}, line {number}: damaged; mend it, or move the file "
+                                  "away") from None
     return rows
 
 
@@ -899,6 +923,8 @@ def open_run(folder, args, kind):
             raise Problem(f"--resume: {folder} was started with another --"
                           f"{changed[0].replace('_', '-')} ({before.get(changed[0])}, now "
                           f"{settings[changed[0]]})")
+    elif checkpoints(folder) or (folder / "metrics.jsonl").exists():
+        raise Problem(f"{folder} holds a run without its args.json: give another --out")
     elif args.resume and folder.exists() is False:
         raise Problem(f"--resume: there is no run in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1262,7 +1288,8 @@ def random_backbone(name, task, device="cpu", grad_checkpoint=False, dtype="floa
     text, image = config.get_text_config(), tokenizer.convert_tokens_to_ids(mark)
     if text.vocab_size < len(tokenizer):
         raise Problem(f"--random-weights: {name} has a vocabulary of {text.vocab_size}, the small "
-                      f"tokenizer needs {len(tokenizer)}")
+                      f"tokenizer needs {len(tokenizer)}; give a --model, e.g. "
+                      "Qwen/Qwen2.5-0.5B-Instruct")
     for key in ("image_token_index", "image_token_id"):
         if hasattr(config, key):
             setattr(config, key, image)
@@ -1786,7 +1813,11 @@ def parse_flags(parser, by_task, presets=None):
     parser.set_defaults(**by_task.get(first.task, {}))
     if getattr(first, "preset", None):
         parser.set_defaults(**presets[first.task])
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        if value == "":                 # from a shell variable that is not set
+            raise Problem(f"--{name.replace('_', '-')} is empty")
+    return args
 
 
 def name_default(by_task, flag):
@@ -1822,9 +1853,13 @@ def check_flags(args, at_least_one=()):
     if getattr(args, "random_weights", False) and not args.dry_run:
         raise Problem("--random-weights goes with --dry-run: there is nothing to learn from noise")
     picture_size(args.picture_size)
+    if args.picture_size and not pictured(args.task):
+        raise Problem(f"--picture-size: {args.task} has no pictures; add --task gp-vl or virl-vl")
     if not args.announce and args.task != "virl-vl":
         raise Problem(f"--no-announce: {args.task} shows no streets; add --task virl-vl")
     check_routes(args)
+    if args.threads > 4 * (os.cpu_count() or 1):
+        raise Problem(f"--threads {args.threads}: this machine has {os.cpu_count()} cores")
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -1857,8 +1892,15 @@ def main():
     check_flags(args, at_least_one=("micro_batch", "batch", "save_every", "steps", "stop_step",
                                     "build_steps"))
     args.model = args.model or str(DEFAULT_MODEL[args.task])
+    if max(args.stop_step or 0, args.start_step if args.stop_step else 0) > args.steps:
+        raise Problem("--stop-step must not be above --steps, where the learning rate is 0")
     if args.build:
         folder = args.out or f"runs/build-{args.build}"
+        if args.dry_run:
+            raise Problem("--build knows no --dry-run: it would replace the backbone")
+        if checkpoints(folder) and not args.resume:
+            raise Problem(f"{folder} holds a build already: add --resume to go on with it, or give "
+                          "another --out")
         name, _, eyes = args.build.partition("-")
         if eyes:
             made = build_eyes(name, folder, args.seed, EYES[name]["tower"],

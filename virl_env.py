@@ -414,7 +414,7 @@ class Atlas:
         file = f"street_views/{name}.metadata.json"
         try:
             rotation = json.loads(self.load(file))["rotation"]
-            if isinstance(rotation, bool) or not math.isfinite(rotation):
+            if isinstance(rotation, bool) or not abs(rotation) < 1e6:
                 raise ValueError
             return self.load(f"street_views/{name}.jpg", limit), float(rotation)
         except RouteProblem as error:
@@ -1535,6 +1535,9 @@ def main():
     except (RouteProblem, OSError) as problem:
         print(f"virl_env.py: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nvirl_env.py: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

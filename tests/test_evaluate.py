@@ -663,6 +663,9 @@ def test_results_are_written_and_transcripts_shown(tiny, tmp_path, monkeypatch, 
     (["--threads", "-1"], ["--threads"]),
     (["--device", "abacus"], ["abacus"]),
     (["--run", "empty"], ["empty", "checkpoints"]),
+    (["--run", ""], ["--run", "empty"]),
+    (["--run", "runs", "--steps", "1", "999"], ["--steps 999"]),
+    (["--steps", "3"], ["--steps", "--run"]),
     (["--plot", "empty"], ["empty", "eval.jsonl"]),
     (["--plot", "nowhere"], ["nowhere"]),
     (["--out", "nowhere/results.json"], ["nowhere"]),
@@ -673,6 +676,7 @@ def test_bad_flags_end_in_one_line(tiny, tmp_path, monkeypatch, capsys, flags, w
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     sft.save_checkpoint(tmp_path / "model", tiny)
+    sft.save_checkpoint(tmp_path / "runs" / "step-000001", tiny)
     if flags[0] == "--out":
         monkeypatch.setattr(evaluate, "play", lambda *_, **__: pytest.fail("played first"))
     basis = ["--model", "model", "--hands", 2]

@@ -504,6 +504,37 @@ def test_damaged_model_folder_is_refused(tiny, tmp_path, name):
         sft.load_backbone(tmp_path / "model")
 
 
+def test_missing_weights_are_not_made_up(tiny, tmp_path):
+    """Catches random numbers in place of tensors that are not in the file, with no word about it."""
+    from safetensors.torch import load_file, save_file
+    sft.save_checkpoint(tmp_path / "model", tiny)
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop(next(name for name in weights if "layers.2" in name))
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(sft.Problem, match="missing"):
+        sft.load_backbone(tmp_path / "model")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
+    """Catches "index out of range" in the middle of a run."""
+    tiny.model.resize_token_embeddings(160)
+    sft.save_checkpoint(tmp_path / "model", tiny)
+    with pytest.raises(sft.Problem, match="tokenizer"):
+        sft.load_backbone(tmp_path / "model")
+
+
+def test_damage_in_the_middle_of_a_file_is_named(tmp_path):
+    """Catches rows that are dropped for good because one before them cannot be read."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{bro\n{"step": 3}\n')
+    with pytest.raises(sft.Problem, match="line 2"):
+        sft.Metrics(tmp_path, resume_at=3)
+    assert path.read_text().count("\n") == 3
+    path.write_text('{"step": 1}\n{bro')
+    assert sft.read_lines(path) == [{"step": 1}]
+
+
 @pytest.mark.parametrize("name", ["nowhere", "/no/such/place", "a/b/c", "."])
 def test_missing_model_folder_is_refused(tmp_path, monkeypatch, name):
     """Catches a typo in a path that is looked for on the hub, with a long wait for the network."""
@@ -691,6 +722,13 @@ def test_training_sees_no_held_out_hand(tiny, tmp_path, monkeypatch):
     (["--device", "cuda"], ["--device", "GPU"]),
     (["--resume"], ["--resume"]),
     (["--out", "model/config.json"], ["config.json"]),
+    (["--out", ""], ["--out", "empty"]),
+    (["--out", "orphan"], ["orphan", "args.json"]),
+    (["--device", "cpu:5"], ["--device", "cpu:5"]),
+    (["--threads", "100000"], ["--threads", "cores"]),
+    (["--steps", "2", "--stop-step", "6"], ["--stop-step"]),
+    (["--picture-size", "640x320"], ["--picture-size", "gp-l"]),
+    (["--build", "gp", "--dry-run"], ["--build", "--dry-run"]),
 ])
 def test_bad_flags_end_in_one_line(tiny, tmp_path, monkeypatch, capsys, flags, words):
     """Catches a traceback, a silent default, and an exit code 0 after nothing was done."""
@@ -698,6 +736,8 @@ def test_bad_flags_end_in_one_line(tiny, tmp_path, monkeypatch, capsys, flags, w
         pytest.skip("there is a GPU here: --device cuda is fine")
     sft.save_checkpoint(tmp_path / "model", tiny)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "orphan").mkdir()
+    (tmp_path / "orphan" / "metrics.jsonl").write_text("")
     basis = [] if "--model" in flags else ["--model", "model"]
     code, error = command(monkeypatch, capsys, sft, *basis, *flags)
     assert_one_line(code, error, "sft.py: ", *words)
