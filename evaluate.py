@@ -45,9 +45,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import gp_env
 import virl_env
-from sft import (DEFAULT_MODEL, OTHER_CITIES, TASKS, TRAINING_CITY, Metrics, Problem, check_flags,
-                 check_sight, checkpoints, cross_states, crossing_layers, data_flags, guarded,
-                 cross_mask, encode_picture, load_backbone, name_default, parse_flags, pick_device,
+from sft import (DEFAULT_MODEL, OTHER_CITIES, TASKS, TRAINING_CITY, Problem, check_flags,
+                 check_sight, checkpoints, cross_mask, cross_states, crossing_layers, data_flags,
+                 encode_picture, guarded, load_backbone, name_default, parse_flags, pick_device,
                  picture_inputs, picture_options, pictured, places, precision, read_json,
                  read_lines, token_positions, user_ids, write_json)
 from verifier import MAX_ANSWER, read_answer

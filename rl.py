@@ -57,8 +57,8 @@ import gp_env
 import sft
 import virl_env
 from evaluate import CURVE_CELLS, Reader, evaluate, new_game, play, record_flag, show
-from sft import (Metrics, Problem, checkpoints, guarded, load_backbone, load_state, pad,
-                 pick_device, read_lines, save_checkpoint, task_parameters, token_logprobs, trunk)
+from sft import (Metrics, Problem, checkpoints, guarded, load_state, pad, pick_device, read_lines,
+                 save_checkpoint, task_parameters, token_logprobs, trunk)
 
 
 # Defaults of walks, where they differ from those of hands. A walk has about 13 tries, as many as

@@ -24,7 +24,6 @@ matrices. That is of interest on a GPU with a large model; --random-weights need
 
 import argparse
 import copy
-import json
 import pathlib
 import sys
 import time

@@ -434,7 +434,7 @@ def test_failed_save_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, erro
 
 
 def test_a_disk_that_is_full_is_named(tiny, tmp_path, monkeypatch):
-    """Catches the traceback that torch and safetensors make of a full disk, and lost checkpoints."""
+    """Catches the traceback that torch makes of a full disk, and checkpoints lost to it."""
     folder = tmp_path / "step-000001"
     sft.save_checkpoint(folder, tiny, {"tokens": 1})
     before = files_of(folder)
@@ -505,7 +505,7 @@ def test_damaged_model_folder_is_refused(tiny, tmp_path, name):
 
 
 def test_missing_weights_are_not_made_up(tiny, tmp_path):
-    """Catches random numbers in place of tensors that are not in the file, with no word about it."""
+    """Catches random numbers, without a word, in place of tensors that the file lacks."""
     from safetensors.torch import load_file, save_file
     sft.save_checkpoint(tmp_path / "model", tiny)
     path = tmp_path / "model" / "model.safetensors"
@@ -785,6 +785,7 @@ def test_a_typo_does_not_use_up_the_run_folder(tiny, tmp_path, monkeypatch, caps
     (OSError(errno.ENOSPC, "No space left on device"), 2, "disk is full"),
     (PermissionError(errno.EACCES, "Permission denied", "runs"), 2, "Permission denied: 'runs'"),
     (torch.OutOfMemoryError("CUDA out of memory"), 2, "--micro-batch"),
+    (MemoryError(), 2, "out of memory"),
     (KeyboardInterrupt(), 130, "--resume"),
 ])
 def test_what_goes_wrong_is_said_in_one_line(monkeypatch, capsys, error, code, word):

@@ -652,7 +652,7 @@ def test_cast_agrees_with_small_steps():
 
 def test_signs_stand_at_their_bearing_and_shrink_with_distance():
     """A sign is drawn where no place is: what the text says cannot be seen."""
-    city, sizes, checked = build_city("Alder"), [], 0
+    city, checked = build_city("Alder"), 0
     for spot in city.corners[:25]:
         seen = city.in_sight(spot, 70)
         if len(seen) < 1 or seen[0][0] > 40 or len(seen) > 1 and abs(
