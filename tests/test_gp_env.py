@@ -258,6 +258,44 @@ def test_expert_answers_are_strict_json_and_right(rule):
         assert verdict.cards_right and verdict.numbers_right
 
 
+@pytest.mark.parametrize("picture", [None, (128, 64)])
+def test_wrong_tries_come_before_the_experts_answer(picture):
+    """A wrong try is learned, is right, or illegal; its message is of another hand or another try.
+
+    The verifier is asked again, with the cards and the rule that the prompt states.
+    """
+    rng, seen, misread = np.random.default_rng(12), Counter(), 0
+    for _ in range(200):
+        turns = expert_conversation(rng, picture, revise=0.75, rule="face", split="all")
+        text = turns[0]["content"]
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+        assert [turn["learn"] for turn in turns] == [False] * (len(turns) - 1) + [True]
+        seen[len(turns) // 2 - 1] += 1
+        right = json.loads(turns[-1]["content"])
+        hand = Hand(tuple(right["cards"]), SPADES, RULES["face"])
+        assert text == prompt(hand, pictured=bool(picture))
+        for wrong, message in zip(turns[1:-1:2], turns[2:-1:2]):
+            verdict = verify_gp(wrong["content"], hand.cards, hand.numbers, picture=bool(picture))
+            assert verdict.kind in ("wrong value", "wrong numbers")
+            assert message["content"] == f"Not right: {verdict.message}. Try again."
+            assert list(json.loads(wrong["content"])) == ["cards", "number", "formula"]
+            misread += not (verdict.cards_right if picture else verdict.numbers_right)
+    assert set(seen) == {0, 1, 2, 3, 4} and 30 < seen[0] < 70       # a quarter, 3 deviations wide
+    assert 0.15 < misread / sum(count * tries for tries, count in seen.items()) < 0.35
+
+
+def test_varied_rules_are_all_but_the_test_rule():
+    """The control of varied rules sees the rule that it is tested on, or one rule only."""
+    rng, rules = np.random.default_rng(13), set()
+    for _ in range(400):
+        question, answer = expert_conversation(rng, rule="varied")
+        cards, rule, _ = read_prompt(question["content"])
+        assert verify_gp(answer["content"], cards, card_numbers(cards, rule)).correct
+        rules.add(rule)
+    every = set(itertools.product(range(10, 14), repeat=3))
+    assert RULES["face"] not in rules and rules < every and len(rules) > 50
+
+
 # ------------------------------------------------------------------------------------------------
 # Pictures
 # ------------------------------------------------------------------------------------------------
@@ -455,6 +493,29 @@ def test_the_fake_probe_pays_the_old_rule():
         assert env.step(f"formula: {memorised}=24")[1:3] == (5.0, True)
         probed += 1
     assert probed > 20
+
+
+def test_fresh_tries_leave_no_trace():
+    """A second answer has seen the first one, or the tries, rewards and ends are others."""
+    for picture in (None, (128, 64)):
+        usual, env = GeneralPoints(picture=picture), GeneralPoints(picture=picture, fresh=True)
+        first, info = env.reset(4)
+        usual.reset(4)
+        assert first["new_conversation"] and (first["image"] is None) == (picture is None)
+        for _ in range(3):
+            observation, *rest, _ = env.step("no idea")
+            assert observation == first and rest == list(usual.step("no idea")[1:4])
+        observation, *rest, _ = env.step(right_answer(info["hand"]))
+        assert rest == [5.0, True, False] and observation["text"] == "Correct."
+
+
+def test_reset_without_a_seed_deals_another_hand_each_time():
+    """One hand again and again; or a seed no longer fixes the hands that follow it."""
+    env, hands = GeneralPoints(), []
+    for _ in range(2):
+        hands.append([env.reset(7)[1]["hand"]] + [env.reset()[1]["hand"] for _ in range(5)])
+    assert hands[0] == hands[1] and len(set(hands[0])) > 4
+    assert GeneralPoints().reset()[1]["hand"] != GeneralPoints().reset()[1]["hand"]
 
 
 def test_step_before_reset_is_refused():
