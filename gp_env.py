@@ -10,14 +10,14 @@ memorised "face cards are 10" fails, and its `number` field shows that it did. (
 has met "face" before either stage, as one of 64 rules: J, Q, K anywhere in 10..13. A large
 pretrained model has read about card games, too.)
 
-  1. the words: task with the rule, cards, output format
-  2. a hand: four cards from one split (train / val / test, or all), solvable under the rule
-  3. the solver, by which the dealer knows what is solvable, and the expert what to answer
-  4. the environment: reset() returns the prompt; step(answer) asks verifier.py, and a failed try
-     returns its message as the next user turn; it ends with success (terminated) or after `tries`
-     failed answers (truncated). And the expert's conversations for SFT
-  5. the picture of a hand, for GP-VL
-  6. a game in the terminal
+  1. words: the task with the rule, the cards, the format of the answer
+  2. deal four cards from one split (train / val / test, or all), solvable under the rule
+  3. the solver knows which hands are solvable, and what an expert answers
+  4. reset() returns the prompt. step(answer) asks verifier.py; a failed try returns its message as
+     the next user turn. The episode ends with success (terminated) or after `tries` failed answers
+     (truncated). SFT learns from the expert's conversations
+  5. draw the cards (GP-VL)
+  6. play in the terminal
 
 Hands are split by the multiset of their numbers UNDER THE TRAINING RULE: to that rule J, Q, K and
 10 are one card, so a split by card names would put the same arithmetic on both sides. All 715
@@ -45,9 +45,10 @@ from PIL import Image, ImageDraw, ImageFont
 from verifier import GP_REWARDS, verify_gp
 
 # ------------------------------------------------------------------------------------------------
-# 1. Words. Slots: {j} {q} {k} what J, Q, K count. A doubled brace is one brace of the text.
+# 1. Words
 # ------------------------------------------------------------------------------------------------
 
+# Slots: {j} {q} {k} what J, Q and K count. A doubled brace is one brace of the text.
 PROMPT = ("[Task] Four cards are dealt. Write one equation that equals the target and uses what "
           "each card counts exactly once, with + - * / and brackets. A counts 1, J counts {j}, "
           "Q counts {q}, K counts {k}. The target is {target}.\n"
@@ -58,7 +59,6 @@ ASK = ('One JSON object: {{"cards": [the four cards], "number": [what they count
 ANSWER = '{{"cards": ["{cards}"], "number": [{numbers}], "formula": "{formula}={target}"}}'
 RETRY = "Not right: {message}. Try again."
 IN_PICTURE = "those in the picture"         # stands for the cards where a picture shows them
-
 
 # ------------------------------------------------------------------------------------------------
 # 2. Cards, rules, splits
@@ -135,11 +135,12 @@ def deal(rng, rule="ten", face=False, suits="all", split="train", target=TARGET)
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. The solver: every formula over four numbers is (order of the numbers, three signs, brackets).
-# 24 orders x 64 triples of signs x 5 ways to set brackets = 7,680 formulas a hand, calculated with
-# numpy for all 1,820 hands at once. Fractions are pairs of int64, so it is exact.
+# 3. The solver
 # ------------------------------------------------------------------------------------------------
 
+# A formula over four numbers is (their order, three signs, how the brackets stand). That makes
+# 24 x 64 x 5 = 7,680 formulas a hand, calculated with numpy for all 1,820 hands at once. Fractions
+# are pairs of int64, so it is exact.
 ORDERS = np.array(list(itertools.permutations(range(4))))                    # (24, 4)
 TRIPLES = np.array(list(itertools.product(range(4), repeat=3)))              # (64, 3)
 SIGNS = "+-*/"
@@ -201,15 +202,16 @@ def write(numbers, signs, shape):
 @functools.lru_cache(maxsize=4)
 def _solution_table(target):
     """{sorted numbers: [(order, triple, shape), ...]} of all hands of 1..13."""
-    hands = np.array(list(itertools.combinations_with_replacement(range(1, 14), 4)))  # (1820, 4)
-    found = {tuple(hand): [] for hand in hands.tolist()}
+    hands = list(itertools.combinations_with_replacement(range(1, 14), 4))   # 1,820
+    found = {hand: [] for hand in hands}
     one = np.ones((1, 1), dtype=np.int64)
     for o, order in enumerate(ORDERS):
-        numbers = [(hands[:, i, None], one) for i in order]                  # (1820, 1) each
+        numbers = [(np.array(hands)[:, i, None], one) for i in order]        # (1820, 1) each
         for shape in range(SHAPES):
             top, bottom = combine(shape, numbers, TRIPLES.T, calculate)      # (1820, 64) each
-            for hand, triple in np.argwhere((bottom != 0) & (top == target * bottom)):
-                found[tuple(hands[hand].tolist())].append((o, triple, shape))
+            right = (bottom != 0) & (top == target * bottom)
+            for hand, triple in np.argwhere(right).tolist():
+                found[hands[hand]].append((o, triple, shape))
     return found
 
 
@@ -237,6 +239,7 @@ def solutions(numbers, target=TARGET):
 # ------------------------------------------------------------------------------------------------
 # 4. The environment, and the expert's conversations for SFT
 # ------------------------------------------------------------------------------------------------
+
 
 def prompt(hand, pictured=False):
     """The first user turn: task with the rule, the cards, the output format with the rule again.
@@ -355,11 +358,14 @@ def _wrong_tries(rng, hand, pictured):
     while len(turns) < 2 * count:
         seen, numbers = hand, hand.numbers
         if rng.random() < 0.3:
-            at, numbers[at] = misread_one(rng, hand)
+            at, number = misread_one(rng, hand)
             if pictured:
-                cards = [*hand.cards[:at], RANKS[numbers[at] - 1], *hand.cards[at + 1:]]
+                cards = [*hand.cards]
+                cards[at] = RANKS[number - 1]       # 1 to 13 are A to K
                 seen = replace(hand, cards=tuple(cards))
                 numbers = seen.numbers
+            else:
+                numbers[at] = number
         formula = write(rng.permutation(numbers), rng.integers(4, size=3), rng.integers(SHAPES))
         text = answer(seen, numbers, formula)
         verdict = verify_gp(text, hand.cards, hand.numbers, hand.target, picture=pictured)
@@ -393,11 +399,12 @@ def expert_conversation(rng, picture=None, revise=0.0, **how):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Pictures (GP-VL). Pillow ships one font and no suit symbols, so those are drawn as polygons. The
-# corner index is large, as on cards for weak eyes: the small backbone gets 128 x 64 pixels for four
-# cards. Everything is drawn several times too large and shrunk, since Pillow does not smooth edges.
+# 5. Pictures (GP-VL)
 # ------------------------------------------------------------------------------------------------
 
+# Pillow ships one font and no suit symbols, so those are drawn as polygons. The corner index is
+# large, as on cards for weak eyes: the small backbone gets 128 x 64 pixels for four cards.
+# Everything is drawn several times too large and shrunk, since Pillow does not smooth edges.
 PICTURE_SIZE = (128, 64)                    # the least that can be read; the paper: 1200 x 1200
 INK = {"black": (20, 20, 28), "red": (206, 24, 36)}
 COLOUR = {suit: colour for colour in INK for suit in SUITS[colour]}
@@ -536,24 +543,21 @@ def draw_hand(hand, seed, size=PICTURE_SIZE):
 # 6. Play in the terminal
 # ------------------------------------------------------------------------------------------------
 
+
 def main():
     """A game for a person, or every solution of a hand."""
     parser = argparse.ArgumentParser(description="Play GeneralPoints, or solve a hand.")
     parser.add_argument("--rule", choices=RULES, default="ten", help="what J, Q and K count")
     parser.add_argument("--seed", type=int, default=0, help="which hand (default 0)")
     parser.add_argument("--target", type=int, default=TARGET, help="number to reach (paper: 24)")
-    parser.add_argument("--solve", type=int, nargs=4, metavar="N",
+    parser.add_argument("--solve", type=int, nargs=4, metavar="N", choices=range(1, 14),
                         help="print all solutions of four numbers 1..13 and stop")
     parser.add_argument("--picture", metavar="FILE",
                         help="show the cards as a picture, in this PNG file, instead of in words")
     args = parser.parse_args()
-    if args.seed < 0:
-        parser.error("--seed must be 0 or more")
     if not 1 <= args.target <= 9999:        # the verifier reads numbers of up to four digits
         parser.error("--target must be from 1 to 9999")
     if args.solve:
-        if not all(1 <= n <= 13 for n in args.solve):
-            parser.error("--solve takes numbers from 1 to 13")
         found = solutions(args.solve, args.target)
         print("\n".join(found) if found else "no solution")
         return

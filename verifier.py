@@ -160,7 +160,7 @@ class IllegalFormula(ValueError):
         # markup such as <|end|>: a token is a number or ONE character, and plain ASCII at that.
         self.token = "".join(c for c in token[:8] if c.isascii() and c.isprintable()) or "?"
         self.why = why
-        super().__init__(f"'{self.token}': {ILLEGAL_WHY[why]}")
+        super().__init__(f"{why} at '{self.token}'")
 
 
 def _cut(text):
