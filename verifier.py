@@ -55,7 +55,10 @@ MAX_ACTION = 60     # characters of an action on a walk; the longest honest one 
 
 
 class _Pairs(list):
-    """A JSON object as its (key, value) pairs: a dict would hide the first of two equal keys."""
+    """A JSON object as its (key, value) pairs: a dict would hide the first of two equal keys.
+
+    A class of its own, to tell an object from a JSON list.
+    """
 
 
 def _read_fields(text, names, needed, cut):
@@ -72,10 +75,14 @@ def _read_fields(text, names, needed, cut):
         pairs = [(key.lower(), value) for key, value in found]
         if any(key == needed for key, _ in pairs):
             return pairs
-    names = re.finditer(rf"""["']?\b({'|'.join(names)})\b["']?\s*:""", text, re.IGNORECASE)
-    keys = [(match.group(1).lower(), match.start(), match.end()) for match in names]
-    ends = [start for _, start, _ in keys[1:]] + [len(text)]
-    return [(name, cut(name, text[start:end])) for (name, _, start), end in zip(keys, ends)]
+    name_and_colon = rf"""["']?\b({'|'.join(names)})\b["']?\s*:"""
+    matches = list(re.finditer(name_and_colon, text, re.IGNORECASE))
+    ends = [match.start() for match in matches[1:]] + [len(text)]
+    fields = []
+    for match, end in zip(matches, ends):
+        name = match.group(1).lower()
+        fields.append((name, cut(name, text[match.end():end])))
+    return fields
 
 
 def _cut_cards(name, piece):
@@ -177,22 +184,27 @@ def _cut(text):
     return tokens + ["end"]
 
 
-# Recursive descent: one function for each rule of the grammar. Each takes what it has read off the
-# front of `tokens`, notes the numbers that it met in `numbers`, and returns its value, a Fraction.
+# Recursive descent: one function for each rule of the grammar. Each takes what it reads off the
+# front of `tokens`, notes in `numbers` the numbers that it meets, and returns its exact value.
+# depth: how many brackets are open.
 
 
 def _expression(tokens, numbers, depth):
+    """expression := term { ("+" | "-") term }"""
     value = _term(tokens, numbers, depth)
     while tokens[0] in ("+", "-"):
-        sign, other = tokens.pop(0), _term(tokens, numbers, depth)
+        sign = tokens.pop(0)
+        other = _term(tokens, numbers, depth)
         value = value + other if sign == "+" else value - other
     return value
 
 
 def _term(tokens, numbers, depth):
+    """term := factor { ("*" | "/") factor }"""
     value = _factor(tokens, numbers, depth)
     while tokens[0] in ("*", "/"):
-        sign, other = tokens.pop(0), _factor(tokens, numbers, depth)
+        sign = tokens.pop(0)
+        other = _factor(tokens, numbers, depth)
         if sign == "/" and other == 0:
             raise IllegalFormula("/", "zero")
         value = value * other if sign == "*" else value / other
@@ -200,6 +212,7 @@ def _term(tokens, numbers, depth):
 
 
 def _factor(tokens, numbers, depth):
+    """factor := number | "(" expression ")" """
     token = tokens.pop(0)
     if token.isdigit():
         numbers.append(int(token))

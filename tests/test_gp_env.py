@@ -122,12 +122,6 @@ def test_split_sizes():
     assert sizes == {"train": 501, "val": 71, "test": 143}
 
 
-def test_split_sees_neither_court_cards_nor_order():
-    """The same arithmetic stands on both sides: J Q K and 10 are one card to the training rule."""
-    for cards in ALL_HANDS:
-        assert split_of(cards) == split_of(as_ten(cards)) == split_of(cards[::-1]), cards
-
-
 def leaking_hands(split):
     """Hands of numbers (training rule) that `split`, a function of cards, puts on both sides."""
     sides = {}
@@ -146,6 +140,7 @@ def test_a_split_by_card_names_would_leak():
 
     assert len(leaking_hands(by_names)) > 100
     assert leaking_hands(split_of) == []
+    assert all(split_of(cards) == split_of(cards[::-1]) for cards in ALL_HANDS)
     trained, tested = ("A", "3", "10", "10"), ("A", "3", "J", "K")
     assert (by_names(trained), by_names(tested)) == ("train", "test")
     assert card_numbers(trained, RULES["ten"]) == card_numbers(tested, RULES["ten"])
@@ -222,25 +217,19 @@ def read_prompt(text, templates=(PROMPT,)):
     return cards, tuple(int(slots[name]) for name in "jqk"), int(slots["target"])
 
 
-def test_test_hands_never_appear_in_expert_conversations():
-    """Test hands leak into SFT: held-out accuracy then measures memory."""
-    rng = np.random.default_rng(9)
-    for i in range(1500):
-        how = [{}, {"rule": "face", "face": True}, {"suits": "black"}][i % 3]   # split: the default
-        cards, rule, target = read_prompt(expert_conversation(rng, **how)[0]["content"])
-        assert split_of(cards) == "train", cards
-        assert rule == RULES[how.get("rule", "ten")] and target == 24
-
-
 @pytest.mark.parametrize("rule", ["ten", "face"])
 def test_expert_answers_are_strict_json_and_right(rule):
-    """SFT teaches an answer that the verifier would not pay, or a field that is not true."""
+    """SFT teaches an answer that the verifier would not pay, or a field that is not true.
+
+    Or hands of val and test leak into SFT: held-out accuracy then measures memory.
+    """
     rng = np.random.default_rng(11)
-    for _ in range(300):
+    for _ in range(700):
         question, answer = expert_conversation(rng, rule=rule, face=rule == "face")
         assert (question["role"], question["learn"]) == ("user", False)
         assert (answer["role"], answer["learn"]) == ("assistant", True)
         cards, stated, target = read_prompt(question["content"])
+        assert (split_of(cards), stated, target) == ("train", RULES[rule], 24)
         fields = json.loads(answer["content"])
         assert list(fields) == ["cards", "number", "formula"]
         numbers = card_numbers(cards, stated)
@@ -446,13 +435,9 @@ def test_failures_truncate_and_the_last_one_costs_once(tries):
         env.reset(seed)
         steps = [env.step("no idea")[1:4] for _ in range(tries)]
         assert steps == [(-3.0, False, False)] * (tries - 1) + [(-4.0, False, True)]
-
-
-def test_success_on_the_last_try_is_no_truncation():
-    """An episode ends both ways at once, and its last reward is 4 instead of 5."""
-    env = GeneralPoints(tries=2)
-    _, info = env.reset(1)
-    env.step("no idea")
+    _, info = env.reset(2)                                  # success on the last try: no truncation
+    for _ in range(tries - 1):
+        env.step("no idea")
     assert env.step(right_answer(info["hand"]))[1:4] == (5.0, True, False)
 
 
@@ -511,15 +496,11 @@ def test_reset_without_a_seed_deals_another_hand_each_time():
     assert GeneralPoints().reset()[1]["hand"] != GeneralPoints().reset()[1]["hand"]
 
 
-def test_step_before_reset_is_refused():
-    """A forgotten reset fails later, in a place that does not name the cause."""
-    with pytest.raises(RuntimeError, match="reset"):
-        GeneralPoints().step("formula: 1")
-
-
 def test_step_after_the_end_is_refused():
     """An episode that is over goes on paying: +5 again and again for one solved hand."""
     env = GeneralPoints()
+    with pytest.raises(RuntimeError, match="reset"):        # and before it began, none is under way
+        env.step("formula: 1")
     _, info = env.reset(0)
     right = f"formula: {solutions(info['hand'].numbers)[0]}=24"
     assert env.step(right)[1:3] == (5.0, True)

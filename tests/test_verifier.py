@@ -459,7 +459,11 @@ def test_60000_formulas_get_the_kind_of_the_reference():
 
 
 def test_40000_hostile_answers_never_raise_and_are_never_paid_for_nothing():
-    """Some text makes the verifier raise (training dies), or is paid +5 without a right formula."""
+    """Some text makes the verifier raise (training dies), or is paid +5 without a right formula.
+
+    Or penalties add up, as in the released code, where one answer can cost -8; or a message repeats
+    control characters of the answer, or grows with it, in the next turn.
+    """
     chance = random.Random(2)
     paid = 0
     for _ in range(40_000):
@@ -467,6 +471,9 @@ def test_40000_hostile_answers_never_raise_and_are_never_paid_for_nothing():
         answer = random_answer(chance, right)
         verdict = verify_gp(answer, cards, numbers)
         assert verdict.kind in ("correct", "wrong value", "wrong numbers", "illegal")
+        assert verdict.reward == GP_REWARDS[verdict.kind]
+        message = verdict.message
+        assert message.isascii() and message.isprintable() and 0 < len(message) < 120
         if verdict.correct:
             formulas = reference_formulas(answer)
             assert [reference_kind(f, numbers) for f in formulas] == ["correct"], (answer, numbers)
@@ -479,16 +486,14 @@ def test_40000_hostile_answers_never_raise_and_are_never_paid_for_nothing():
 # ------------------------------------------------------------------------------------------------
 
 
-def test_reward_is_the_table_entry_of_the_kind():
-    """Penalties are added up, as in the released code, where one answer can cost -8."""
+def test_a_misread_picture_costs_the_same_whatever_the_kind():
+    """The extra of GP-VL is paid for some kinds only, or changes the kind."""
     chance = random.Random(3)
     for _ in range(3000):
         cards, numbers, right = chance.choice(RIGHT)
         answer = random_answer(chance, right)
-        verdict = verify_gp(answer, cards, numbers)
-        assert verdict.reward == GP_REWARDS[verdict.kind]
-        assert verdict.kind not in ("out of tries", "misread cards")
         seen = verify_gp(answer, cards, numbers, picture=True)
+        assert seen.kind == verify_gp(answer, cards, numbers).kind
         extra = 0 if seen.cards_right else GP_REWARDS["misread cards"]
         assert seen.reward == GP_REWARDS[seen.kind] + extra
 
@@ -497,15 +502,6 @@ def test_reward_table_is_the_papers():
     """A reward was changed without saying so."""
     assert GP_REWARDS == {"correct": 5, "wrong value": -1, "wrong numbers": -2, "illegal": -3,
                           "out of tries": -1, "misread cards": -1.5}
-
-
-def test_messages_are_short_plain_text():
-    """A message repeats control characters of the answer, or grows with it, in the next turn."""
-    chance = random.Random(4)
-    for _ in range(3000):
-        cards, numbers, right = chance.choice(RIGHT)
-        message = verify_gp(random_answer(chance, right), cards, numbers).message
-        assert message.isascii() and message.isprintable() and 0 < len(message) < 120
 
 
 @pytest.mark.parametrize("markup", ["<|end|>", "<|user|>", "<|image|>", "</s>", "[INST]"])
