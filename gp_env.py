@@ -194,7 +194,11 @@ def write_part(sign, x, y):
 
 
 def write(numbers, signs, shape):
-    """The formula as text: write([8, 3, 8, 3], [3, 1, 3], 3) is "8/(3-8/3)"."""
+    """The formula as text.
+
+    >>> write([8, 3, 8, 3], signs=[3, 1, 3], shape=4)
+    '8/(3-8/3)'
+    """
     text, _ = combine(shape, [(str(number), 3) for number in numbers], signs, write_part)
     return text
 
@@ -205,13 +209,13 @@ def _solution_table(target):
     hands = list(itertools.combinations_with_replacement(range(1, 14), 4))   # 1,820
     found = {hand: [] for hand in hands}
     one = np.ones((1, 1), dtype=np.int64)
-    for o, order in enumerate(ORDERS):
+    for which, order in enumerate(ORDERS):
         numbers = [(np.array(hands)[:, i, None], one) for i in order]        # (1820, 1) each
         for shape in range(SHAPES):
             top, bottom = combine(shape, numbers, TRIPLES.T, calculate)      # (1820, 64) each
             right = (bottom != 0) & (top == target * bottom)
             for hand, triple in np.argwhere(right).tolist():
-                found[hands[hand]].append((o, triple, shape))
+                found[hands[hand]].append((which, triple, shape))
     return found
 
 
