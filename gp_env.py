@@ -306,7 +306,8 @@ class GeneralPoints:
         self.used, self.over = 0, False
         if self.picture:
             self.image = draw_hand(self.hand, int(self.rng.integers(2**31)), self.picture)
-        return self._first_turn(), {"hand": self.hand}
+        text = prompt(self.hand, pictured=bool(self.picture))
+        return self._observe(text, True), {"hand": self.hand}
 
     def step(self, text):
         """Judge one answer. Returns (observation, reward, terminated, truncated, info).
@@ -327,16 +328,17 @@ class GeneralPoints:
         truncated = not terminated and self.used >= self.tries
         self.over = terminated or truncated
         reward = verdict.reward + (GP_REWARDS["out of tries"] if truncated else 0.0)
-        if self.fresh and not terminated:
-            observation = self._first_turn()
+        if terminated:
+            text = verdict.message
+        elif self.fresh:
+            text = prompt(self.hand, pictured=bool(self.picture))
         else:
-            text = verdict.message if terminated else RETRY.format(message=verdict.message)
-            observation = {"text": text, "image": None, "new_conversation": False}
-        return observation, reward, terminated, truncated, {"verdict": verdict, "hand": self.hand}
+            text = RETRY.format(message=verdict.message)
+        return (self._observe(text, self.fresh and not terminated), reward, terminated, truncated,
+                {"verdict": verdict, "hand": self.hand})
 
-    def _first_turn(self):
-        return {"text": prompt(self.hand, pictured=bool(self.picture)), "image": self.image,
-                "new_conversation": True}
+    def _observe(self, text, new):
+        return {"text": text, "image": self.image if new else None, "new_conversation": new}
 
 
 def misread_one(rng, hand):
