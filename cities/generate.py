@@ -324,9 +324,9 @@ class City:
     def _along_front(self, hit, owner):
         """Metres along the front that was hit at (W, 2). Houses are counted along it: front // 9.
 
-        On a street, 500 + metres from its start on the right side, -(500 + metres) on the left:
-        with the 500 no house of one side has a number of the other. Around a corner, the arc from
-        the north, right positive; 900 is added because a number may not be below 0 there.
+        On a street: 500 + metres from its start on the right side, -(500 + metres) on the left. The
+        500 keeps the two sides apart: no house stands on both. Around a corner: 900 + metres along
+        the arc from the north; the 900 keeps the sum positive to the west, too.
         """
         street = np.minimum(owner, len(self.streets) - 1)
         from_start = hit - self.start[street]
