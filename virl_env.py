@@ -625,7 +625,8 @@ class Atlas:
             results = raw["route_results"]
             points = [raw["start_place"]["relocated_geocode"], *results["geocode_list"]]
             points = [(float(latitude), float(longitude)) for latitude, longitude in points]
-            blocks, heading = parse_milestones(raw["milestone_info"]), raw.get("init_heading", 0)
+            blocks = parse_milestones(raw["milestone_info"])
+            heading = int(raw.get("init_heading", 0)) % 360
             places = [place for place in [*results.get("landmark_list", []), raw.get("dest_place")]
                       if place and "geocode" in place]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -652,7 +653,7 @@ class Atlas:
             point = points[spots.index(None)]
             raise problem(f"no panorama within {REACH:.0f} m of {point} in {MAPPING}")
         points = [tuple(self.coordinates[i].tolist()) for i in spots]
-        return Route(index, int(heading) % 360, tuple(points), tuple(self.ids[i] for i in spots),
+        return Route(index, heading, tuple(points), tuple(self.ids[i] for i in spots),
                      tuple(headings), tuple(words), tuple(landmarks),
                      tuple(map(self._between, points, points[1:])),
                      tuple((str(place.get("name")), tuple(place["geocode"])) for place in places))

@@ -1,4 +1,4 @@
-"""What the small backbone of walks has learnt from: directions of many kinds, in words and pictures.
+"""What the small backbone of walks has learnt from: directions of all kinds, told and seen.
 
 A large model has read and seen all kinds of directions before anybody trains it for a task. The
 small backbone gets the same start from this corpus: walks through cities that the task never
