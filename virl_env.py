@@ -221,9 +221,8 @@ def right_action(route, position, vocabulary, paper_bearings=False):
 def write_answer(seen, step, action):
     """An answer in the notation that the prompt asks for and the verifier reads.
 
-    >>> write_answer("no landmark here", "2. Go on.", "forward()")
-    '{"current observation": "no landmark here", "current instruction": "2. Go on.", "action": \
-"forward()"}'
+    >>> write_answer("a mill", "2. Go on.", "stop()")
+    '{"current observation": "a mill", "current instruction": "2. Go on.", "action": "stop()"}'
     """
     return json.dumps({"current observation": seen, "current instruction": step, "action": action},
                       ensure_ascii=False)
@@ -319,19 +318,23 @@ class Navigation:
             raise RuntimeError("call reset() before step()")
         verdict = verify_virl(text, self.expert_action(self.scored), self.position.observation,
                               VOCABULARIES[self.scored])
-        reward, missed = verdict.reward, False
+        reward = verdict.reward
         self.used += 1
-        if not verdict.correct and self.used >= self.tries:
-            reward, missed, self.success = reward + VIRL_REWARDS["out of tries"], True, False
+        out_of_tries = not verdict.correct and self.used >= self.tries
+        if out_of_tries:
+            reward += VIRL_REWARDS["out of tries"]
+            self.success = False
         info = self._info(verdict)
-        if verdict.correct or missed and self.go_on:
+        if verdict.correct or (out_of_tries and self.go_on):
             if self.position.kind == "stop":
                 return self._say(verdict.message), reward, True, False, info
             self._move_on()
             return self._arrive(), reward, False, False, info
         if self.fresh:
-            return self._arrive(), reward, False, missed, info
-        return self._say(RETRY.format(message=verdict.message)), reward, False, missed, info
+            observation = self._arrive()
+        else:
+            observation = self._say(RETRY.format(message=verdict.message))
+        return observation, reward, False, out_of_tries, info
 
     def _move_on(self):
         self.past.append((self.position.observation, self.expert_action()))
@@ -556,7 +559,6 @@ class Atlas:
     def __init__(self, load, where, pictures=False):
         self.load, self.where = load, where
         self.coordinates, self.ids = self._read_mapping()
-        self._exact = {tuple(c): i for i, c in enumerate(self.coordinates.tolist())}
         infos = load(INFOS)
         try:
             routes, _ = json.loads(infos)
@@ -659,9 +661,7 @@ class Atlas:
                      tuple((str(place.get("name")), tuple(place["geocode"])) for place in places))
 
     def _nearest(self, point):
-        """Index of the panorama at a coordinate: the exact key, else the nearest within REACH."""
-        if point in self._exact:
-            return self._exact[point]
+        """Index of the panorama that is nearest to a coordinate, None if none is within REACH."""
         # only those in a strip of latitudes can be that near, and they stand side by side
         strip = np.array([-REACH, REACH]) / 111_320 + point[0]
         first, last = np.searchsorted(self.coordinates[:, 0], strip)
@@ -793,9 +793,6 @@ def main():
     except (RouteProblem, OSError) as problem:
         print(f"virl_env.py: {problem}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nvirl_env.py: stopped", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from test_virl_env import METRE, digest, play
 
 from cities import generate
 from cities.generate import (AROUND, CITIES, HALF_STREET, SIGHT, build_city, city_files,
-                             draw_panorama, look_of, write_city)
+                             draw_panorama, look_of)
 from virl_env import NOTHING, RULES, Atlas, Navigation, bend, folder_files, open_atlas, view
 
 
@@ -173,10 +173,11 @@ def test_streets_open_where_they_leave():
             assert (distance >= np.hypot(*to.T)).all()
 
 
-def test_written_and_read_back_bit_for_bit(tmp_path):
+def test_written_and_read_back_bit_for_bit(tmp_path, capsys, monkeypatch):
     """The city on disk gives other episodes than the city in memory."""
     name = "Calla"
-    write_city(name, tmp_path, width=32)
+    monkeypatch.setattr(sys, "argv", ["generate.py", name, str(tmp_path), "--width", "32"])
+    assert generate.main() == 0 and f"--routes {tmp_path}" in capsys.readouterr().out
     memory = Atlas(city_files(name, 32), name)
     disk = Atlas(folder_files(tmp_path), str(tmp_path), pictures=True)
     assert memory.routes == disk.routes and len(disk.visited) > 500
@@ -209,10 +210,3 @@ def test_unknown_city(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["generate.py", name, str(tmp_path / "new")])
     assert generate.main() == 2 and not (tmp_path / "new").exists()
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_command_line_writes_a_city(tmp_path, capsys, monkeypatch):
-    """The README's command writes nothing that virl_env.py could read."""
-    monkeypatch.setattr(sys, "argv", ["generate.py", "wild-7", str(tmp_path), "--width", "16"])
-    assert generate.main() == 0 and str(tmp_path) in capsys.readouterr().out
-    assert len(Atlas(folder_files(tmp_path), "written", pictures=True)) == 300
