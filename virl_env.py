@@ -410,27 +410,22 @@ def wrong_try(rng, env):
 SIDES = (("front", 0), ("right", 90), ("back", 180), ("left", 270))     # reading order, 2 x 2
 
 
-@functools.lru_cache(maxsize=16)
-def _view_rays(width, height, fov):
-    """Direction of each pixel of a view: (bearing to the middle, elevation), (h, w) degrees each.
-
-    The picture plane stands at distance f in front of the eye, f = (width / 2) / tan(fov / 2).
-    """
-    focal = width / 2 / math.tan(math.radians(fov) / 2)
-    x = (np.arange(width) + 0.5 - width / 2)[None, :] / focal
-    y = (height / 2 - np.arange(height) - 0.5)[:, None] / focal
-    return np.degrees(np.arctan(x)) + 0 * y, np.degrees(np.arctan2(y, np.hypot(1, x)))
-
-
 def view(pixels, rotation, heading, width, height, fov=90):
     """What a walker sees who faces `heading`: a perspective crop of a panorama.
 
     pixels (H, W, 3) uint8, 360 x 180 degrees; rotation as in the metadata. width, height: of the
     view, with square pixels; fov: horizontal field of view, degrees.
-    Returns (height, width, 3) uint8. Rays are averaged where the panorama is finer than the view.
+    Returns (height, width, 3) uint8. Where the panorama is finer than the view, a pixel is the mean
+    of finer x finer rays.
     """
     finer = max(1, min(4, round(pixels.shape[1] * fov / 360 / width)))
-    bearing, elevation = _view_rays(width * finer, height * finer, fov)
+    wide, high = width * finer, height * finer
+    # the picture plane stands at distance f in front of the eye, f = (wide / 2) / tan(fov / 2);
+    # each ray has a bearing to the middle and an elevation, degrees
+    focal = wide / 2 / math.tan(math.radians(fov) / 2)
+    x = (np.arange(wide) + 0.5 - wide / 2)[None, :] / focal
+    y = (high / 2 - np.arange(high) - 0.5)[:, None] / focal
+    bearing, elevation = np.degrees(np.arctan(x)) + 0 * y, np.degrees(np.arctan2(y, np.hypot(1, x)))
     # invariant: the middle of the view is the panorama's column (heading + rotation) / 360 * W
     column = (bearing + heading + rotation) / 360 * pixels.shape[1] - 0.5
     row = np.clip((0.5 - elevation / 180) * pixels.shape[0] - 0.5, 0, pixels.shape[0] - 1)

@@ -22,7 +22,7 @@ How a city is made; the same numbers stand over the parts of this file:
 Symbols: positions are (x, y) in metres, x to the east and y to the north; bearings and headings
 are 0 to the north and 90 degrees to the east. C corners, S streets, P panoramas, H x W pixels.
 
-    python cities/generate.py Alder runs/alder        the city as files (1.5 minutes)
+    python cities/generate.py Alder runs/alder        the city as files (a minute)
     python virl_env.py --routes runs/alder            walk in it
 
 Read after virl_env.py, if you want to know where its streets come from. Nothing about learning is

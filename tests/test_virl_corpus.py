@@ -179,8 +179,8 @@ def test_eyes_are_told_the_truth(glimpses):
 def test_reading_names_what_the_views_show(glimpses):
     """The answer names other places than the picture shows, or words that it does not hold."""
     for seed in range(30):
-        (ask, answer), words = virl_corpus.reading_conversation(np.random.default_rng(seed), "Alder",
-                                                             SEEN)
+        rng = np.random.default_rng(seed)
+        (ask, answer), words = virl_corpus.reading_conversation(rng, "Alder", SEEN)
         atlas, name, heading = glimpses[-1]
         assert ask["image"] == len(glimpses) - 1 and ask["learn"] is False and answer["learn"]
         true = true_views(atlas, build_city("Alder"), name, heading)
