@@ -387,7 +387,10 @@ def level_text(rows, cell, measure):
     """A level in words: mean (lowest-highest) of the seeds' rows, in percent; "" for none."""
     rates = [rate(row, cell, measure) for row in rows]
     rates = [100 * one for one in rates if one is not None]
-    return f"{mean(rates):.1f} ({min(rates):.1f}-{max(rates):.1f})" if rates else ""
+    if not rates:
+        return ""
+    between = " to " if min(rates) < 0 else "-"
+    return f"{mean(rates):.1f} ({min(rates):.1f}{between}{max(rates):.1f})"
 
 
 def gain_text(arm, cell, measure):
