@@ -181,8 +181,8 @@ def cooldown_rate(step, steps, peak, warmup):
     if step < warmup:
         return peak * (step + 1) / warmup
     cooldown = max(1, int(0.4 * steps))
-    share = (step - warmup) / max(1, 1.6 * steps - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * share)) * min(1.0, (steps - step) / cooldown)
+    rate = peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, 1.6 * steps - warmup)))
+    return rate * min(1.0, (steps - step) / cooldown)
 
 
 # ------------------------------------------------------------------------------------------------

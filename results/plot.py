@@ -141,9 +141,6 @@ class Arm:
         return {seed: run.rows[-1] for seed, run in self.runs.items()}
 
 
-ON = ("announce",)          # switches that are on by default: a label names what was turned
-
-
 def differences(one, other):
     """Flags in which two runs differ. One that only one of them knows did not exist for the other.
 
@@ -188,6 +185,9 @@ def name_arms(arms):
     return arms
 
 
+ON = ("announce",)          # switches that are on by default; a label names what was turned
+
+
 def label(family, arm, flags):
     """The name of an arm: its family, and what it says on the flags that set the arms apart.
 
@@ -213,6 +213,15 @@ def label(family, arm, flags):
     return ", ".join(parts)
 
 
+def unlike(taught, learner):
+    """How unlike an arm of SFT and one of RL begin, as a key to sort by.
+
+    Another checkpoint weighs most, then the number of other flags that differ.
+    """
+    elsewhere = learner.settings.get("init") != taught.settings.get("model")
+    return elsewhere, len(differences(taught.settings, learner.settings))
+
+
 def find_starts(arms):
     """Give each arm its start, {seed: row}: the checkpoint that SFT and RL have in common.
 
@@ -220,14 +229,10 @@ def find_starts(arms):
     for RL that is --init): its start is that of the RL arm whose flags are most like its own. A
     blind run did neither.
     """
-    def unlike(arm, learner):
-        """How far apart two arms are: another checkpoint weighs most, then other flags."""
-        elsewhere = learner.settings.get("init") != arm.settings.get("model")
-        return elsewhere, len(differences(arm.settings, learner.settings))
-
     learners = [arm for arm in arms if arm.kind == "rl"]
     for arm in learners:
-        arm.start = {seed: run.rows[0] for seed, run in arm.runs.items() if not run.rows[0]["step"]}
+        arm.start = {seed: run.rows[0] for seed, run in arm.runs.items()
+                     if run.rows[0]["step"] == 0}
     for arm in arms:
         if arm.kind == "sft" and learners:
             arm.start = min(learners, key=lambda learner: unlike(arm, learner)).start
@@ -271,23 +276,26 @@ def rate(row, cell, measure):
     return measures.get(measure)
 
 
-def moments(arm, cell, measure):
+def moments(arm, cell, *measures):
     """The rows of an arm's seeds at each checkpoint: [[row, ...], ...] by compute, mean of seeds.
 
     Only checkpoints at which as many seeds were measured as at any: a mean over the seeds that are
     done so far would jump. An arm of SFT begins with its start.
     """
+    def measured(row):
+        """Does the row have all the measures?"""
+        return all(rate(row, cell, measure) is not None for measure in measures)
+
     by_step = {}
     for run in arm.runs.values():
-        for row in run.rows:
-            if rate(row, cell, measure) is not None:
-                by_step.setdefault(row["step"], []).append(row)
+        for row in filter(measured, run.rows):
+            by_step.setdefault(row["step"], []).append(row)
     most = max(map(len, by_step.values()), default=0)
     found = [rows for rows in by_step.values() if len(rows) == most]
-    if found and arm.kind == "sft":
-        begun = [arm.start[seed] for seed in arm.runs if seed in arm.start]
-        begun = [row for row in begun if rate(row, cell, measure) is not None]
-        found += [begun] if begun else []
+    begun = [arm.start[seed] for seed in arm.runs if seed in arm.start]
+    begun = list(filter(measured, begun))
+    if found and begun and arm.kind == "sft":       # rl.py measured it itself, as step 0
+        found.append(begun)
     return sorted(found, key=lambda rows: mean(row["flops_spent"] for row in rows))
 
 
@@ -308,7 +316,7 @@ def curve_against(arm, cell, measure, other):
     as a band would cross itself.
     """
     points = []
-    for rows in moments(arm, cell, measure):
+    for rows in moments(arm, cell, measure, other):
         x, y = (100 * mean(rate(row, cell, name) for row in rows) for name in (other, measure))
         points.append((x, y, y, y))
     return points
@@ -376,7 +384,7 @@ def gained(row, before, cell, measure):
         alone, alone_low, alone_high = gained(row, before, cell, "fresh")
         return (talk - alone, talk - alone - math.hypot(talk - low, alone_high - alone),
                 talk - alone + math.hypot(high - talk, alone - alone_low))
-    counted = []
+    counted = []                            # hits and count of the row, then of the one before
     for one in (row, before):
         count = one["cells"][cell].get(SHARE_OF.get(measure), one["hands"])
         counted += [rate(one, cell, measure) * count, count]
@@ -415,6 +423,7 @@ def table(arms, task):
     start and end meet the same hands, which makes it a little wide.)
     """
     levels = {}                             # {column: {seed: row}}
+    # Arms that began at the same checkpoint share a column of levels.
     for arm in arms:
         if arm.start and not any(known.get(seed) == row for known in levels.values()
                                  for seed, row in arm.start.items()):
@@ -429,7 +438,7 @@ def table(arms, task):
         for cell in cells:
             line = [level_text(rows.values(), cell, measure) for rows in levels.values()]
             line += [gain_text(arm, cell, measure) for arm in learnt]
-            if any(line):
+            if any(line):                   # some arm has measured it
                 lines.append("| " + " | ".join([f"{cell}, {words}", *line]) + " |")
     return "\n".join(lines)
 
@@ -645,7 +654,7 @@ def stroke(draw, pixels, colour, dashed):
 
 
 def draw_axes(draw, frame, panel):
-    """The grid, the ticks and the three labels of a panel."""
+    """The grid, the ticks and the three labels of a panel: y above its axis, x below, a title."""
     x_axis, y_axis = frame.x_axis, frame.y_axis
     for i in range(y_axis.first, y_axis.last + 1):
         _, y = frame.pixel(x_axis.end, i * y_axis.step)

@@ -123,7 +123,7 @@ def test_arms_of_one_seed_are_left_out_by_name(tmp_path, capsys):
 
 
 def test_each_arm_of_sft_is_compared_with_its_own_start(tmp_path):
-    """Catches gains over the start of another setting: of another checkpoint, or announced walks."""
+    """Catches gains over another setting's start: another checkpoint, or announced walks."""
     write_run(tmp_path / "rl", "rl", 0, {0: 0.1, 9: 0.5}, init=None, announce=True)
     write_run(tmp_path / "no", "rl", 0, {0: 0.2, 9: 0.5}, init=None, announce=False)
     write_run(tmp_path / "on", "rl", 0, {0: 0.3, 9: 0.5}, init="runs/s0/step-1", announce=True)
