@@ -229,14 +229,18 @@ def test_value_of_the_message_by_hand(tmp_path):
         write_run(tmp_path / f"rl{seed}", "rl", seed, {0: 0.3, 10: 0.7},
                   more={"fresh": 0.4, "first_try": 0.2})
     arm, = arms_in(tmp_path)
-    head, lines = lines_of([arm])
-    line = lines["seen/id", "value of the message"]
-    assert line[1:3] == ["-10.0 (-10.0 to -10.0)", "30.0 (30.0-30.0)"]
-    assert line[3].startswith("+40.0 [")
-    found, low, high = plot.gained(arm.ends[0], arm.start[0], "seen/id", "message")
-    talk, alone = evaluate.gain(70, 100, 30, 100), evaluate.gain(40, 100, 40, 100)
-    assert (found, low, high) == pytest.approx((
-        0.4, 0.4 - math.hypot(0.4 - talk[1], alone[2]), 0.4 + math.hypot(talk[2] - 0.4, -alone[1])))
+    for run in arm.runs.values():
+        run.rows[0]["cells"]["seen/id"]["fresh"] = 0.05
+    _, lines = lines_of([arm])
+    line = lines["seen/id", "value of the message"]         # 0.3 - 0.05, then 0.7 - 0.4
+    assert line[1:3] == ["25.0 (25.0-25.0)", "30.0 (30.0-30.0)"]
+    assert line[3].startswith("+5.0 [") and line[3].endswith("(+5.0 to +5.0)")
+    line = lines["held-out/id", "value of the message"]
+    assert line[1] == "-10.0 (-10.0 to -10.0)"
+    talk, alone = evaluate.gain(70, 100, 30, 100), evaluate.gain(40, 100, 5, 100)
+    assert plot.gained(arm.ends[0], arm.start[0], "seen/id", "message") == pytest.approx((
+        0.05, 0.05 - math.hypot(0.4 - talk[1], alone[2] - 0.35),
+        0.05 + math.hypot(talk[2] - 0.4, 0.35 - alone[1])))
     assert {words for _, words in lines} == {
         "first answer", "as many fresh answers", "in conversation", "value of the message",
         "numbers read right"}
