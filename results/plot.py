@@ -164,6 +164,7 @@ def group(runs):
                   f"{home.runs[run.seed].folder}")
             continue
         home.runs[run.seed] = run
+        # A flag that the first run did not know binds those that come after.
         home.settings = run.settings | home.settings
     return arms
 
@@ -171,6 +172,8 @@ def group(runs):
 def name_arms(arms):
     """Give each arm its label, and its colour. Returns them in the order of the legend."""
     for family in ("SFT", "RL"):
+        # RL's rate is no rival of SFT's: flags are compared within a family. Names are given before
+        # anything is left out, so that an arm has the same name in every figure.
         alike = [arm for arm in arms if ARMS[arm.kind][0] == family]
         flags = sorted({flag for one in alike for other in alike
                         for flag in differences(one.settings, other.settings)})
@@ -229,6 +232,7 @@ def find_starts(arms):
     for RL that is --init): its start is that of the RL arm whose flags are most like its own. A
     blind run did neither.
     """
+    # The rows are shared, not copied: `table` tells by them which arms began alike.
     learners = [arm for arm in arms if arm.kind == "rl"]
     for arm in learners:
         arm.start = {seed: run.rows[0] for seed, run in arm.runs.items()
@@ -486,6 +490,7 @@ def plot(folders, path, task="gp-l", only=None):
     find_starts(arms)
     arms = choose(arms, only)
     panels = []
+    # A panel that nobody has measured is left out.
     for title, cell, measure, *others in PANELS[task]:
         x_label, series = "FLOPs spent", []
         for arm in arms:
@@ -513,6 +518,7 @@ def plot_metrics(folders, keys, path):
     for key in keys:
         series = []
         for number, folder in enumerate(folders):
+            # A number that was not finite stands there as null, and is passed over.
             rows = [row for row in read_lines(pathlib.Path(folder) / "metrics.jsonl")
                     if isinstance(row.get(key), (int, float)) and "step" in row]
             if not rows:
