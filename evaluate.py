@@ -54,11 +54,8 @@ import sft
 import virl_env
 from sft import (OTHER_CITIES, TRAINING_CITY, Problem, crossing_layers, encode_picture, mrope, pad,
                  pictured, precision, user_ids)
-from verifier import MAX_ANSWER, read_answer
 
-# ------------------------------------------------------------------------------------------------
-# 1. Cells
-# ------------------------------------------------------------------------------------------------
+# -------- 1. Cells
 
 EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same for every model
 
@@ -125,9 +122,7 @@ def new_game(task, **how):
     return (virl_env.Navigation if task.startswith("virl") else gp_env.GeneralPoints)(**how)
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Playing in a batch
-# ------------------------------------------------------------------------------------------------
+# -------- 2. Playing in a batch
 
 
 @dataclass
@@ -265,9 +260,7 @@ def draw(logits, temperature, generator=None):
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. The sampler: B conversations that grow at different speeds, one key-value cache
-# ------------------------------------------------------------------------------------------------
+# -------- 3. The sampler: B conversations that grow at different speeds, one key-value cache
 
 
 class SlotLayer(DynamicLayer):
@@ -344,9 +337,15 @@ class Reader:
         self.make_room(ids.shape[1])
         seen = self.see(ids, pictures) if pictures else {}
         if ids.shape[1] == 1 and not seen and ids.device.type in self.recorded_on:
-            self.recording = self.recording or Recording.of(self, ids, counts)
-            if self.recording:
+            try:
+                self.recording = self.recording or Recording(self, ids, counts)
                 return self.recording.play(ids, counts)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:       # what a model does on its way may forbid it
+                Reader.recorded_on = ()
+                tqdm.write("reading one token cannot be recorded here, it goes on step by step, "
+                           f"slower ({str(error).splitlines()[0]})")
         return self.step(ids, counts, seen)
 
     def step(self, ids, counts, seen):
@@ -357,7 +356,7 @@ class Reader:
         for layer in self.layers:
             layer.where, layer.room = where, self.room
         position = where
-        if self.pictures[0] is not None and mrope(self.backbone.model):
+        if self.pictures[0] is not None and mrope(self.backbone.model.config):
             position = sft.shifted(self.pictures, where)
         if self.tiles is not None:          # the picture's mark stands in a row's first turn
             seen = seen | {"cross_attention_mask": sft.cross_mask(
@@ -412,9 +411,7 @@ class Reader:
                 layer.keys, layer.values = layer.keys[index], layer.values[index]
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. On a GPU: the reading of one token, recorded. Never at work on a CPU
-# ------------------------------------------------------------------------------------------------
+# -------- 4. On a GPU: the reading of one token, recorded. Never at work on a CPU
 
 
 class Recording:
@@ -428,7 +425,8 @@ class Recording:
     """
 
     def __init__(self, reader, ids, counts):
-        self.ids, self.counts, before = ids.clone(), counts.clone(), reader.length.clone()
+        self.ids, self.counts, before = ids.clone(), counts.clone(), reader.length
+        reader.length = before.clone()      # should recording fail, nothing has happened
         aside, main = torch.cuda.Stream(), torch.cuda.current_stream()
         aside.wait_stream(main)
         with torch.cuda.stream(aside):      # once without recording, as CUDA asks for
@@ -442,22 +440,8 @@ class Recording:
         gap = (self.logits - expected)[expected.isfinite()].abs().mean().item()
         reader.length.copy_(before)         # what was written so far is written again, the same
         if not gap < 0.05:
-            raise RuntimeError(f"played back it differs by {gap:.2g}")
-
-    @classmethod
-    def of(cls, reader, ids, counts):
-        """A Recording, or None where this model cannot be recorded (said once)."""
-        before = reader.length.clone()
-        try:
-            return cls(reader, ids, counts)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            Reader.recorded_on = ()
             reader.length = before
-            tqdm.write("the reading of one token cannot be recorded here, it goes on step by step, "
-                       f"slower ({str(error).splitlines()[0]})")
-            return None
+            raise RuntimeError(f"played back it differs by {gap:.2g}")
 
     def play(self, ids, counts):
         """`Reader.step` by the recording."""
@@ -467,9 +451,7 @@ class Recording:
         return self.logits
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Counting
-# ------------------------------------------------------------------------------------------------
+# -------- 5. Counting
 
 
 def wilson(hits, count, z=1.96):
@@ -522,19 +504,19 @@ def measure(episodes):
     success: correct within the tries (the paper's measure); first_try: at once; cards_read,
     numbers_read: share of first answers whose `cards` / `number` field is right (numbers: under the
     STATED rule); errors: kinds of the wrong first answers; tries: mean number of answers; cut:
-    share of answers that were cut off. For pictures also single_cards and confusion.
+    share of answers that were cut off.
     """
     # Reading is judged on the FIRST answer: later ones have seen the verifier's message, which
     # names the numbers that are missing and so gives the rule away.
     first, count = [episode.turns[0].verdict for episode in episodes], len(episodes)
     errors = Counter(v.kind for v in first if not v.correct)
-    found = {"count": count} | headline((hand_group(e), e.terminated) for e in episodes)
-    found |= {"first_try": sum(v.correct for v in first) / count,
-              "cards_read": sum(v.cards_right for v in first) / count,
-              "numbers_read": sum(read_as_stated(e) for e in episodes) / count,
-              "errors": {kind: n / count for kind, n in sorted(errors.items())},
-              "tries": sum(len(e.turns) for e in episodes) / count, "cut": cut(episodes)}
-    return found | (read_singly(episodes) if episodes[0].env.picture else {})
+    found = {"count": count} | headline(
+        (tuple(sorted(e.env.hand.numbers)), e.terminated) for e in episodes)
+    return found | {"first_try": sum(v.correct for v in first) / count,
+                    "cards_read": sum(v.cards_right for v in first) / count,
+                    "numbers_read": sum(read_as_stated(e) for e in episodes) / count,
+                    "errors": {kind: n / count for kind, n in sorted(errors.items())},
+                    "tries": sum(len(e.turns) for e in episodes) / count, "cut": cut(episodes)}
 
 
 def headline(outcomes):
@@ -542,11 +524,6 @@ def headline(outcomes):
     found = rate(outcomes)
     return {"hits": round(found["rate"] * found["count"]), "success": found["rate"],
             "interval": found["interval"]}
-
-
-def hand_group(episode):
-    """Hands of one group succeed or fail together: the same four numbers."""
-    return tuple(sorted(episode.env.hand.numbers))
 
 
 def cut(episodes):
@@ -560,31 +537,6 @@ def read_as_stated(episode):
         return episode.turns[0].verdict.numbers_right
     hand = episode.env.hand     # the fake probe scores by another rule: ask about the stated one
     return gp_env.verify_gp(episode.turns[0].text, hand.cards, hand.numbers).numbers_right
-
-
-def read_singly(episodes):
-    """How the first answers read single cards: {"single_cards": rate, "confusion": table}.
-
-    Like the verifier it leaves the order free: cards that are on both sides are read right, the
-    others are paired as they stand. table: {rank shown: {rank read, "?" for none: times}}.
-
-        shown J 3 K 10, read 3 Q 10 K   ->   3, K and 10 right, and J read as Q
-    """
-    table = {rank: Counter() for rank in gp_env.RANKS}
-    for episode in episodes:
-        shown = list(episode.env.hand.cards)
-        said = read_answer(episode.turns[0].text[:MAX_ANSWER]).get("cards", [])
-        said = [card.upper() if card.upper() in table else "?" for card in said[:4]]
-        for card in list(shown):
-            if card in said:
-                table[card][card] += 1
-                shown.remove(card)
-                said.remove(card)
-        for card, other in zip(shown, said + ["?"] * 4):
-            table[card][other] += 1
-    right, count = sum(row[card] for card, row in table.items()), 4 * len(episodes)
-    return {"single_cards": right / count,
-            "confusion": {card: dict(row) for card, row in table.items() if row}}
 
 
 def positions(episode):
@@ -665,9 +617,7 @@ def measure_walks(episodes):
         "tries": sum(len(e.turns) for e in episodes) / len(episodes), "cut": cut(episodes)}
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Measuring a model
-# ------------------------------------------------------------------------------------------------
+# -------- 6. Measuring a model
 
 
 def cell_splits(cells, splits, task):
@@ -693,11 +643,6 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
         episodes = kept[name] = play_cell(backbone, cell_environments(
             cell, split, count, task, **how), temperature, max_new_tokens, batch, blindfold)
         found = results[name] = measure_walks(episodes) if walks else measure(episodes)
-        if walks and cell in ("visual", "both"):
-            cities = {}
-            for episode in episodes:
-                cities.setdefault(episode.env.atlas.where, []).append(episode)
-            found["places"] = {city: measure_walks(some) for city, some in cities.items()}
         if fresh:
             again = play_cell(backbone, cell_environments(
                 cell, split, count, task, fresh=True, **how), temperature, max_new_tokens, batch,
@@ -726,93 +671,79 @@ def play_cell(backbone, games, temperature, max_new_tokens, batch, blindfold):
     return episodes
 
 
-def evaluate_run(args, cells, splits):
+def evaluate_run(args, cells):
     """Play every checkpoint of an SFT run; writes eval.jsonl there, goes on where it stopped.
 
-    A step is played again only for cells that its row lacks. Raises Problem for flags of another
-    game than the run's, and for cells of a row that would be measured in two ways.
+    A step that was measured already is played again only for cells that its row lacks. Raises
+    Problem if those were measured in another way.
     """
-    folder, found = pathlib.Path(args.run), sft.checkpoints(args.run)
-    said = sft.read_json(folder / "args.json")
-    for key in ("task", "routes", "picture_size", "announce"):
-        if said.get(key, getattr(args, key)) != getattr(args, key):
-            raise Problem(f"--run {args.run}: it was trained with --{key.replace('_', '-')} "
-                          f"{said[key]}, you ask for {getattr(args, key)}: play the same game")
-    path = folder / "eval.jsonl"
+    folder = pathlib.Path(args.run)
+    found = {step: path for step, path in sft.checkpoints(folder)
+             if not args.steps or step in args.steps}
+    if not found or set(args.steps or ()) - set(found):
+        raise Problem(f"--run {folder}: no such checkpoint there")
+    path, how = folder / "eval.jsonl", {key: getattr(args, key) for key in (
+        "hands", "tries", "temperature", "batch", "dtype")}
     rows = {row["step"]: row for row in sft.read_lines(path)}
-    trained = {row["step"]: row for row in sft.read_lines(folder / "metrics.jsonl")}
-    absent = sorted(set(args.steps or ()) - {step for step, _ in found})
-    if not found or absent:
-        raise Problem(f"--run {args.run}: there is no checkpoint step-{(absent or [0])[0]:06d}")
-    wanted = {f"{SPLIT_NAMES[split]}/{cell}" for cell, split in cell_splits(cells, splits,
-                                                                          args.task)}
-    how = {key: getattr(args, key) for key in ("hands", "tries", "temperature", "batch", "dtype")}
-    for step, checkpoint in found:
-        before = rows.get(step, {"how": how, "cells": {}})
-        if (args.steps and step not in args.steps) or wanted <= set(before["cells"]):
-            continue
-        if before["how"] != how:
-            raise Problem(f"--run {args.run}: cells of step {step} were measured with "
-                          f"{before['how']}: give the same flags, or move {path} away")
-        backbone = sft.open_backbone(args, checkpoint)
-        results, _ = evaluate(backbone, cells, splits, args.hands,
-                              sft.answer_length(backbone, args), args.task, args.temperature,
-                              args.batch, tries=args.tries, shown=sft.picture_options(args),
-                              where=sft.places(args))
-        print(f"step {step}")
-        show(results)
-        spent = trained.get(step, {}).get("flops", 0)   # in SFT all that is charged was spent
-        rows[step] = {"step": step, "hands": args.hands, "how": how, "flops": spent,
-                      "flops_spent": spent, "cells": before["cells"] | results}
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
-        aside.rename(path)
+    spent = {row["step"]: row["flops"] for row in sft.read_lines(folder / "metrics.jsonl")}
+    for step, checkpoint in found.items():
+        row = rows.setdefault(step, {
+            "step": step, "hands": args.hands, "how": how, "flops": spent.get(step, 0),
+            "flops_spent": spent.get(step, 0), "cells": {}})    # SFT spends what it is charged
+        lacking = [cell for cell in cells if not any(
+            name.split("/")[1] == cell for name in row["cells"])]
+        if lacking and row["how"] != how:
+            raise Problem(f"--run {folder}: step {step} was measured with {row['how']}: give the "
+                          f"same flags, or move {path} away")
+        if lacking:
+            print(f"step {step}", flush=True)
+            row["cells"] |= measure_model(args, sft.open_backbone(args, checkpoint), lacking)[0]
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
+            aside.rename(path)
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. Printing
-# ------------------------------------------------------------------------------------------------
+def measure_model(args, backbone, cells):
+    """`evaluate` as the flags say; prints a line for each cell."""
+    results, episodes = evaluate(
+        backbone, cells, args.splits, args.hands, sft.answer_length(backbone, args), args.task,
+        args.temperature, args.batch, args.blindfold, tries=args.tries,
+        shown=sft.picture_options(args), where=sft.places(args))
+    show(results)
+    return results, episodes
+
+
+# -------- 7. Printing
 
 
 def show(results):
     """One aligned line for each cell."""
     for name, m in results.items():
         line = f"  {name:20s}first answer {m['first_try']:6.1%}"
-        if "fresh" in m:
-            line += f"  fresh {m['fresh']:6.1%}"
+        line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
         low, high = m["interval"]
         line += f"  conversation {m['success']:6.1%} [{low:.0%}, {high:.0%}]"
         if "per_step" in m:             # walks
             line += f"  per step {m['per_step']:6.1%}, on {m['per_step_on']:6.1%}"
         else:
-            line += f"  numbers read {m['numbers_read']:6.1%}"
-        if "single_cards" in m:         # cards in pictures
-            line += f"  cards: all four {m['cards_read']:6.1%}, single {m['single_cards']:6.1%}"
-        print(line + (f"  CUT OFF {m['cut']:.1%} of answers" if m["cut"] > 0.02 else ""),
+            line += f"  read: cards {m['cards_read']:6.1%}, numbers {m['numbers_read']:6.1%}"
+        print(line + (f"  CUT OFF {m['cut']:.1%} of answers" if m["cut"] > 0.05 else ""),
               flush=True)
 
 
 def show_more(results):
-    """For each cell: kinds of errors; pictures: who is taken for whom; walks: kinds of action."""
+    """For each cell: kinds of errors; walks: kinds of action, and what was read."""
     for name, m in results.items():
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in m["errors"].items())
         print(f"\n# {name}: first answers that were wrong: {kinds or 'none'}")
-        if "confusion" in m:
-            names = [*gp_env.RANKS, "?"]
-            print("rank shown (down), rank read (across), %\n    "
-                  + "".join(f"{rank:>4}" for rank in names))
-            for shown, row in m["confusion"].items():
-                share = {read: f"{100 * n / sum(row.values()):4.0f}" for read, n in row.items()}
-                print(f"{shown:>4}" + "".join(share.get(read, "   .") for read in names))
+        for kind in m.get("kinds", ()):
+            line = f"    {kind:16s}"
+            for title, r in (("to the first miss", m["kinds"][kind]),
+                             ("rail goes on", m["kinds_on"][kind])):
+                low, high = r["interval"]
+                line += f"{title} {r['rate']:6.1%} [{low:4.0%}, {high:4.0%}] of {r['count']:<7d}"
+            print(line)
         if "kinds" in m:
-            print(f"{'':28s}{'up to the first miss':31s}the rail goes on")
-            lines = {kind: (m["kinds"][kind], m["kinds_on"][kind]) for kind in m["kinds"]}
-            lines |= {place: (own["kinds"]["every action"], own["kinds_on"]["every action"])
-                      for place, own in m.get("places", {}).items()}
-            for line, rates in lines.items():
-                print(f"    {line[-22:]:24s}" + "".join(
-                    "{:6.1%} [{:4.0%}, {:4.0%}] of {:<7d}".format(
-                        r["rate"], *r["interval"], r["count"]) for r in rates))
             print(f"    first answers: landmarks read right {m['landmarks_present']:.1%} where "
                   f"there is one, {m['landmarks_empty']:.1%} where there is none; intersection "
                   f"{m['crossings_read']:.1%}; all right, and the action {m['whole_right']:.1%}")
@@ -850,9 +781,7 @@ def show_transcripts(episodes, count, pictures="", positions_shown=3):
             print(f"... and {len(talks) - positions_shown} more positions")
 
 
-# ------------------------------------------------------------------------------------------------
-# 8. Command line
-# ------------------------------------------------------------------------------------------------
+# -------- 8. Command line
 
 
 def flags(argv=None):
@@ -894,23 +823,19 @@ def flags(argv=None):
 def main():
     """Measure one model, or the checkpoints of a run."""
     args = flags()
+    every = (CURVE_CELLS if args.run else TASK_CELLS)[args.task]
+    cells = args.cells or (list(every) if args.ood else ["id"])
     if args.run:
-        cells = args.cells or (CURVE_CELLS[args.task] if args.ood else ["id"])
-        return evaluate_run(args, cells, args.splits)
+        return evaluate_run(args, cells)
     out = open(args.out, "a") if args.out else None     # a path that fails, fails now
-    cells = args.cells or (list(TASK_CELLS[args.task]) if args.ood else ["id"])
-    backbone, began = sft.open_backbone(args), time.time()
+    began = time.time()
     print(f"{args.model} on {args.task}: {args.hands} episodes a cell, temperature "
           f"{args.temperature:g}" + ", blindfolded" * args.blindfold, flush=True)
-    results, episodes = evaluate(backbone, cells, args.splits, args.hands,
-                                 sft.answer_length(backbone, args), args.task, args.temperature,
-                                 args.batch, args.blindfold, tries=args.tries,
-                                 shown=sft.picture_options(args), where=sft.places(args))
+    results, episodes = measure_model(args, sft.open_backbone(args), cells)
     if out:                                 # before anything long is printed
         out.truncate(0)
         out.write(json.dumps(results, indent=1) + "\n")
         out.close()
-    show(results)
     show_more(results)
     print(f"{time.time() - began:.0f} s")
     for name in episodes if args.show else ():

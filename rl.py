@@ -61,9 +61,7 @@ from sft import (Problem, batch, by_length, checkpoints, load_state, pictured, s
 VALUE_COEF = 0.5            # weight of the value loss (paper: the same)
 MAX_GRAD_NORM = 1.0         # of the policy and of the critic, each
 
-# ------------------------------------------------------------------------------------------------
-# 1. Collect
-# ------------------------------------------------------------------------------------------------
+# -------- 1. Collect
 
 
 def mixed(*numbers):
@@ -132,9 +130,7 @@ def conversations(episodes):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Score
-# ------------------------------------------------------------------------------------------------
+# -------- 2. Score
 
 
 def build_value_head(hidden, seed):
@@ -195,9 +191,7 @@ def score_all(backbone, head, rows, temperature, micro_batch):
             r["logprobs"], r["values"] = p, v
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Advantages
-# ------------------------------------------------------------------------------------------------
+# -------- 3. Advantages
 
 
 def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
@@ -276,9 +270,7 @@ def add_advantages(rows, episodes, gamma, lam):
     return len(paid) > 1
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Update
-# ------------------------------------------------------------------------------------------------
+# -------- 4. Update
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
@@ -427,9 +419,7 @@ def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True)
     return mean | {"skipped": skipped, "tokens_trained": fed}
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. The loop
-# ------------------------------------------------------------------------------------------------
+# -------- 5. The loop
 
 
 def run(args):
@@ -465,8 +455,8 @@ def run(args):
         # the update before, drops what was written since, and writes the same again.
         policy.save(update + 1)
     print(f"done in {(time.time() - began) / 60:.1f} minutes. The policy is in "
-          f"{folder}/step-{args.updates:06d}. Next:\n    python evaluate.py --model "
-          f"{shlex.quote(str(folder))}/step-{args.updates:06d} --show 4 {sft.flags_again(args)}")
+          f"{folder}/step-{args.updates:06d}. Next:\n    python evaluate.py --ood --show 2 --model "
+          f"{shlex.quote(str(folder))}/step-{args.updates:06d}")
 
 
 class Policy:
@@ -592,9 +582,7 @@ def one_line(row):
             + (f"  CUT OFF {row['cut']:.1%} of answers" if row["cut"] > 0.02 else ""))
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Checks, and a look at one conversation
-# ------------------------------------------------------------------------------------------------
+# -------- 6. Checks, and a look at one conversation
 
 
 def complaints(rows, episodes, backbone, split, temperature=0.6):
@@ -602,13 +590,17 @@ def complaints(rows, episodes, backbone, split, temperature=0.6):
 
     They cost nothing and catch the classic silent bugs of this kind of code.
     """
-    found = []
-    sampled = torch.tensor([p for e in episodes for t in e.turns for p in t.logprobs])
-    scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])]).cpu()
+    sampled, scored = both_logprobs(rows, episodes)
     if len(sampled) != len(scored):
         return [f"{len(sampled)} tokens were sampled, {len(scored)} are masked: the loss mask is "
                 "off"]
-    gap, limit = log_gap(sampled, scored, backbone, temperature)
+    found, gaps = [], (sampled - scored).abs()
+    # float32 on a CPU: the largest gap. Elsewhere bf16 rounds differently in batches of other
+    # shapes, and a low temperature magnifies that: a few tokens may differ much, all of them on
+    # average only if something is wrong.
+    exact = backbone.device.type == "cpu" and backbone.model.dtype == torch.float32
+    gap, limit = (gaps.max(), 1e-4 / min(1, temperature)) if exact else (
+        gaps.mean(), 0.05 / temperature)
     if not gap < limit:
         found.append(f"sampler and update disagree on log p by {gap:.2g}: wrong temperature, "
                      "positions, padding side or shift")
@@ -619,17 +611,10 @@ def complaints(rows, episodes, backbone, split, temperature=0.6):
     return found
 
 
-def log_gap(sampled, scored, backbone, temperature):
-    """(gap, limit) between log p of the sampler and of the scoring pass, both (N,).
-
-    float32 on a CPU: the largest gap. Elsewhere bf16 rounds differently in batches of other shapes,
-    and a low temperature magnifies that: a few tokens may differ much, all of them on average only
-    if something is wrong.
-    """
-    gaps = (sampled - scored).abs()
-    if backbone.device.type == "cpu" and backbone.model.dtype == torch.float32:
-        return gaps.max().item(), 1e-4 / min(1, temperature)
-    return gaps.mean().item(), 0.05 / temperature
+def both_logprobs(rows, episodes):
+    """log p of all sampled tokens, (N,) each: as the sampler saw it, as the scoring pass does."""
+    scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])]).cpu()
+    return torch.tensor([p for e in episodes for t in e.turns for p in t.logprobs]), scored
 
 
 def self_check(rows, episodes, backbone, split, temperature=0.6):
@@ -637,11 +622,9 @@ def self_check(rows, episodes, backbone, split, temperature=0.6):
     found = complaints(rows, episodes, backbone, split, temperature)
     if found:
         raise Problem(f"self-check: {found[0]}")
-    sampled = torch.tensor([p for e in episodes for t in e.turns for p in t.logprobs])
-    scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])]).cpu()
-    gap, _ = log_gap(sampled, scored, backbone, temperature)
-    return (f"self-check: log p of sampler and update within {gap:.1e}, {len(scored)} tokens "
-            f"sampled and masked, {1 - cut(episodes):.1%} of answers ended"
+    sampled, scored = both_logprobs(rows, episodes)
+    return (f"self-check: log p of sampler and update within {(sampled - scored).abs().max():.1e}, "
+            f"{len(scored)} tokens sampled and masked, {1 - cut(episodes):.1%} of answers ended"
             + ", no held-out hand or route" * (split == "train"))
 
 
@@ -676,9 +659,7 @@ def inspect(args):
         print(line)
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. The start, and the command line
-# ------------------------------------------------------------------------------------------------
+# -------- 7. The start, and the command line
 
 
 def make_start(args):
