@@ -20,16 +20,7 @@ Symbols and shapes (N is another thing in README eq. 6, parameters):
   r reward of a try    V value before it    A advantage    R = A + V return (target of V)
   ratio = pi_new(action) / pi_old(action)
 
-What differs from the paper's text or its released code, and why:
-  * the ratio is per token by default, the paper's one ratio for a whole answer is --ratio answer
-    (one full run of each from seed 0: all four success rates within 2.2 points of each other)
-  * the critic reads the trunk's hidden state and sends no gradient into it (--value-trunk does)
-  * policy and critic have their gradients clipped apart
-  * an episode that runs out of tries ends there; the released code bootstraps its last value from
-    the next, unrelated episode
-  * log-probabilities are float32 (the released code sums them in bf16: steps of 3-6 % in the ratio)
-  * rewards follow the paper's table; the released code adds penalties up
-  * one forward pass scores all tries of an episode, instead of one pass for each try
+README, "What differs", names every deviation from the paper and its released code.
 
     python rl.py --task gp-l --ood             the main job: 5 minutes on two cores
     python rl.py --task virl-l --ood           walks

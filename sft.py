@@ -349,11 +349,13 @@ def run_sft(args, folder, stop, backbone):
     freeze(backbone.model, args.freeze)
     options, name = game_options(args), args.task.split("-")[0]
     expert = ENVIRONMENTS[name].expert_conversation
+    ruled = {"rule": "varied"} if args.vary_rule else {}
 
     def draw(step):
         """The batch of a step: expert conversations of the training split."""
         rng = np.random.default_rng([2, args.seed, step])
-        made = [expert(rng, split=args.split, **options) for _ in range(args.batch)]
+        made = [expert(rng, split=args.split, revise=args.revise, **options | ruled)
+                for _ in range(args.batch)]
         for first, *_ in made if args.drop_pictures else ():
             first.pop("image", None)
         return made
@@ -492,8 +494,8 @@ def load_state(folder, model=None, **owners):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:      # each reader has errors of its own
-        raise Problem(f"{folder}: state.pt is damaged, or of another run ({type(error).__name__}); "
-                      "delete this checkpoint folder and resume from the one before") from None
+        raise Problem(f"{folder}: state.pt is damaged or of another run ({type(error).__name__}): "
+                      "delete this folder and resume from the checkpoint before") from None
 
 
 def tokens_before(model):
@@ -519,8 +521,7 @@ def read_lines(path):
             rows.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise Problem(f"{path}, line {number}: damaged; mend it, or move the file "
-                              "away") from None
+                raise Problem(f"{path}, line {number}: damaged; move the file away") from None
     return rows
 
 
@@ -547,7 +548,7 @@ class Metrics:
 
 
 # Flags that change no result; with any other changed, --resume would mix two runs.
-FREE = ("resume", "out", "threads", "stop_step", "micro_batch", "grad_checkpoint")
+FREE = ("resume", "out", "threads", "micro_batch", "grad_checkpoint")
 
 
 def open_run(folder, args, kind):
@@ -564,8 +565,7 @@ def open_run(folder, args, kind):
             settings[key] = str(path.relative_to(HERE) if HERE in path.parents else path)
     if known.exists() or checkpoints(folder):
         if not args.resume:
-            raise Problem(f"{folder} holds a run already: add --resume to go on with it, or give "
-                          "another --out")
+            raise Problem(f"{folder} holds a run already: --resume it, or give another --out")
         try:
             before = dict(json.loads(known.read_text()))
         except (OSError, ValueError, TypeError):
@@ -595,8 +595,7 @@ def hold(folder):
         try:
             fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Problem(f"{folder} is in use by another run: wait for it, or give another "
-                          "--out") from None
+            raise Problem(f"{folder} is in use by another run: give another --out") from None
 
 
 def progress(steps, name, unit):
@@ -624,8 +623,7 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
     # A hub name is "owner/model"; anything else that is not here would be asked for in vain.
     local = folder.is_absolute() or str(name).count("/") != 1 or folder.parent.exists()
     if local and not (folder / "config.json").exists():
-        raise Problem(f"--model {name}: no config.json there; give a checkpoint folder or a name "
-                      "on the hub (python -m backbones.build makes the small backbones)")
+        raise Problem(f"--model {name}: no config.json there; give a checkpoint or a hub name")
     try:        # a folder from elsewhere runs no code here: neither its modules nor a pickle
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         sees = getattr(config, "vision_config", None) is not None
@@ -639,9 +637,7 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
     except Exception as error:      # the loaders raise a dozen types for one thing: cannot load
         raise Problem(f"--model {name}: {why_not(error, local)}") from None
     # We sample by ourselves; settings for sampling that contradict each other cannot be saved.
-    listed = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=listed,
-                                               pad_token_id=model.generation_config.pad_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     processor, blind = load_processor(name, local, config) if sees else (None, Backbone.blind)
     backbone = wrap_backbone(model.to(device).eval(), tokenizer, name, processor, blind)
     if grad_checkpoint:
@@ -656,13 +652,12 @@ def why_not(error, local):
     """What a failed load needs, in one line. local: a folder was asked for, not the hub."""
     said = str(error).strip() or type(error).__name__
     if not local and ("gated" in said or "valid model identifier" in said):
-        return ("the hub does not hand it out: look for its page there, accept its licence, then "
-                "run `hf auth login` here")
+        return "no access: accept its licence on its page on the hub, then run `hf auth login`"
     if not local and "connect" in said:
-        return ("it is not on this machine and the hub cannot be reached: download it where there "
-                "is a network (`hf download NAME --local-dir FOLDER`) and give that folder")
-    return (f"cannot load it ({said.splitlines()[0][:200]}). Give a folder with config.json, "
-            "model.safetensors and a tokenizer, or a hub name you have access to")
+        return ("not on this machine, and the hub cannot be reached: where there is a network run "
+                "`hf download NAME --local-dir FOLDER`, and give that folder")
+    return (f"cannot load it ({said.splitlines()[0][:200]}). A folder needs config.json, "
+            "model.safetensors and a tokenizer")
 
 
 def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone.blind):
@@ -679,9 +674,10 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
         template = ("{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}" + template)
     tokenizer.chat_template = template
     before_first, before_answer, after_answer = markup(tokenizer, name)
-    end_id = (tokenizer(after_answer.lstrip(), add_special_tokens=False)["input_ids"] or [None])[0]
-    end_text = "" if end_id is None else tokenizer.convert_ids_to_tokens(end_id)
-    if not end_text or not after_answer.lstrip().startswith(end_text):
+    after_answer = after_answer.lstrip()
+    end_id, *_ = tokenizer(after_answer or "?", add_special_tokens=False)["input_ids"]
+    end_text = tokenizer.convert_ids_to_tokens(end_id)
+    if not after_answer.startswith(end_text):
         raise Problem(f"--model {name}: its chat template has no end-of-turn token; unsupported")
     before_picture = ""
     if processor is not None:
@@ -697,7 +693,7 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
         model, tokenizer, before_first=before_first, before_answer=before_answer,
         end_ids=list(dict.fromkeys([end_id] + [i for i in listed if type(i) is int])),
         banned=sorted(i for i in placeholders if type(i) is int and i < rows),
-        before_next=after_answer.lstrip()[len(end_text):], blind=blind,
+        before_next=after_answer[len(end_text):], blind=blind,
         processor=processor if before_picture else None, before_picture=before_picture)
     check_model(backbone, name)
     return backbone
@@ -742,12 +738,10 @@ def check_model(backbone, name):
     said = backbone.before_first + string.printable + backbone.before_answer
     ids = backbone.tokenizer(said, add_special_tokens=False)["input_ids"]
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:
-        raise Problem(f"--model {name}: its tokenizer knows more tokens than the model has: they "
-                      "do not belong together")
+        raise Problem(f"--model {name}: its tokenizer is of another model: it knows more tokens")
     # A layer that forgets what is far away, or keeps it in another form, needs another sampler.
     if set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
-        raise Problem(f"--model {name}: some of its layers do not attend to all that was said; "
-                      "not supported")
+        raise Problem(f"--model {name}: some of its layers forget what was said; unsupported")
     ids = torch.tensor([ids[:64]], device=backbone.device)
     hidden = trunk(backbone, ids, torch.tensor([ids.shape[1]], device=backbone.device))
     with precision(backbone):
@@ -755,8 +749,8 @@ def check_model(backbone, name):
         theirs = model(input_ids=ids, use_cache=False).logits.float()
     gap = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)
     if not gap < 0.02:
-        raise Problem(f"--model {name}: its logits are more than output layer(hidden state): they "
-                      f"differ by {gap:.0%}; a model that scales or bends them is not supported")
+        raise Problem(f"--model {name}: its logits are not those of its output layer (off by "
+                      f"{gap:.0%}): a model that scales or bends them is unsupported")
 
 
 def answer_length(backbone, args, tries=1):
@@ -1112,8 +1106,7 @@ def common_flags(parser):
     add("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
     add("--out", help="run folder (default runs/...); evaluate.py: JSON file for the results")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    add("--max-new-tokens", type=int, default=0, help="longest answer in tokens; 0 = a third more "
-        "than the longest expert answer (paper: 512)")
+    add("--max-new-tokens", type=int, default=0, help="longest answer; 0: see sft.answer_length")
 
 
 def training_flags(parser):
@@ -1121,13 +1114,11 @@ def training_flags(parser):
     add = parser.add_argument_group("training").add_argument
     add("--seed", type=int, default=0, help="data order and sampling (default 0)")
     add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--split", choices=("train", "all"), default="train", help="hands or routes to train on; "
-        "all = the paper's setting, nothing held out")
+    add("--split", choices=("train", "all"), default="train", help="all: nothing is held out")
     add("--preset", choices=("paper",), help="the paper's model and settings; given flags win")
     add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
         help="recompute activations: less memory, more time, the same result")
-    add("--freeze", choices=("none", "vision", "adapter"), help="what keeps its weights: the "
-        "eyes, or the eyes and the projector (paper: Fig. 16)")
+    add("--freeze", choices=("none", "vision", "adapter"), help="keeps its weights (Fig. 16)")
 
 
 def parse_flags(parser, task_defaults, presets, argv=None):
@@ -1169,6 +1160,7 @@ def check_task(args):
     picture_size(args.picture_size)
     fits = {"--picture-size": pictured(args.task) or not args.picture_size,
             "--no-announce": args.task == "virl-vl" or args.announce,
+            "--vary-rule": args.task.startswith("gp") or not getattr(args, "vary_rule", False),
             "--drop-pictures": pictured(args.task) or not getattr(args, "drop_pictures", False),
             "--routes": args.task.startswith("virl") or not (args.routes or args.other_routes)}
     for flag, fine in fits.items():
@@ -1190,13 +1182,10 @@ def open_backbone(args, name=None):
     if pictured(args.task) and backbone.processor is None:
         raise Problem(f"--task {args.task}: {name or args.model} cannot see: {backbone.blind}")
     if sys.platform == "linux" and task_parameters(backbone.model) < 5e7:
-        # On a CPU, glibc gives every large tensor fresh pages and hands them back at once; the page
-        # faults cost 15 % of a training step of a small model. Let it keep them:
-        # M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB.
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)
-            libc.mallopt(-1, 2 ** 31 - 1)
+        # glibc hands the pages of every large tensor back at once, and the page faults cost 15 % of
+        # a training step of a small model. Let it keep them: M_MMAP_MAX 0, M_TRIM_THRESHOLD 2 GB.
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1)):
+            getattr(ctypes.CDLL(None), "mallopt", min)(option, value)
     return backbone
 
 
@@ -1217,21 +1206,17 @@ def flags(argv=None):
     common_flags(parser)
     training_flags(parser)
     add = parser.add_argument_group("supervised fine-tuning").add_argument
-    add("--steps", type=int, default=1300, help="optimiser steps; sets the cosine's end (default "
-        "1300; V-IRL: 800)")
+    add("--steps", type=int, default=1300, help="optimiser steps (default 1300; V-IRL: 800)")
     add("--batch", type=int, default=64, help="examples a step (default 64; paper: 128)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3; paper: 1e-6)")
     add("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
-    add("--stop-step", type=int, help="end here, on the schedule of --steps; --resume with a later "
-        "one, or without, goes on")
-    add("--micro-batch", type=int, default=64, help="examples in memory at once; does not change "
-        "the result")
-    add("--drop-pictures", action="store_true", help="-vl: train on words alone, as the collator "
-        "of the paper's released code seems to do by mistake")
-    args = parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), {"steps": 800}), PRESETS, argv)
-    if (args.stop_step or 0) > args.steps:
-        raise Problem("--stop-step must not be above --steps, where the learning rate is 0")
-    return args
+    add("--micro-batch", type=int, default=64, help="examples in memory at once; the same result")
+    add("--revise", type=float, default=0.0, help="share of examples that open with wrong tries and "
+        "the verifier's messages (paper: Fig. 15)")
+    add("--vary-rule", action="store_true", help="gp: J, Q, K anywhere in 10..13 (arXiv 2510.00237)")
+    add("--drop-pictures", action="store_true", help="-vl: train on words alone, as the paper's "
+        "released collator seems to do by mistake")
+    return parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), {"steps": 800}), PRESETS, argv)
 
 
 def main():
@@ -1243,7 +1228,7 @@ def main():
     freeze(backbone.model, args.freeze)                 # before the run folder is claimed
     answer_length(backbone, args)
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
-    run_sft(args, folder, args.stop_step or args.steps, backbone)
+    run_sft(args, folder, args.steps, backbone)
     print(f"done. Next, play every checkpoint:\n    python evaluate.py --run "
           f"{shlex.quote(str(folder))} --ood")
 
