@@ -1211,9 +1211,9 @@ def flags(argv=None):
     add("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3; paper: 1e-6)")
     add("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
     add("--micro-batch", type=int, default=64, help="examples in memory at once; the same result")
-    add("--revise", type=float, default=0.0, help="share of examples that open with wrong tries and "
-        "the verifier's messages (paper: Fig. 15)")
-    add("--vary-rule", action="store_true", help="gp: J, Q, K anywhere in 10..13 (arXiv 2510.00237)")
+    add("--revise", type=float, default=0.0, help="share of examples that open with wrong tries "
+        "and the verifier's messages (paper: Fig. 15)")
+    add("--vary-rule", action="store_true", help="gp: train with J, Q, K anywhere in 10..13")
     add("--drop-pictures", action="store_true", help="-vl: train on words alone, as the paper's "
         "released collator seems to do by mistake")
     return parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), {"steps": 800}), PRESETS, argv)
