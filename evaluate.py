@@ -1,9 +1,6 @@
 """Play the game with a model, and measure what it can do.
 
-Paper: arXiv 2501.17161, section 5 (ID, rule OOD) and appendix C.3. What is measured here and not in
-the paper: hands and routes held out from training beside those seen in it, 1,000 hands a cell
-instead of 234, intervals, the two shifts of "rule OOD" apart, the `fake` probe, and what the
-verifier's message is worth.
+Paper: arXiv 2501.17161, section 5 (ID, rule OOD) and appendix C.3.
 
   1. cells: the kinds of games that are measured; their hands never depend on a training seed
   2. play all episodes in one batch; rl.py collects its experience with the same function
@@ -24,12 +21,8 @@ Three measures of one policy, each on the same hands:
 
 Shapes: B episodes in a batch, W new tokens of the longest, V vocabulary.
 
-    python evaluate.py --model runs/sft-gp-l-s0/step-000100 --ood      all cells
-    python evaluate.py --model ... --show 4                            transcripts
-    python evaluate.py --model ... --task gp-vl --ood                  in pictures
-    python evaluate.py --model ... --task virl-l --ood                 walks
-    python evaluate.py --model ... --task virl-vl --ood --blindfold    does it need its eyes?
-    python evaluate.py --run runs/sft-gp-l-s0 --ood                    every checkpoint of a run
+    python evaluate.py --ood --show 2 --model runs/rl-gp-l-s0/step-000020    cells, transcripts
+    python evaluate.py --ood --run runs/sft-gp-l-s0                          every checkpoint
 
 On a first reading part 4 can wait. Read before: sft.py. Read next: rl.py.
 """
@@ -106,15 +99,14 @@ def cell_environments(cell, split, count, task="gp-l", shown=None, fresh=False, 
         how["tries"] = tries
     if pictured(task):
         how |= shown or {"picture": gp_env.PICTURE_SIZE}
-    turns = [{}]
-    if task.startswith("virl"):
-        places = where[1] if how.pop("elsewhere", False) else where[:1]
-        turns = [{"where": place} for place in places]
-        # One walk gives both counts (measure_walks): up to the first position missed it is the
-        # paper's walk, whether or not its rail goes on after that.
-        how["go_on"] = True
-    envs = [new_game(task, **how, **turns[i % len(turns)]) for i in range(count)]
-    return envs, [[EVALUATION_SEED, i] for i in range(count)]
+    seeds = [[EVALUATION_SEED, i] for i in range(count)]
+    if not task.startswith("virl"):
+        return [new_game(task, **how) for _ in seeds], seeds
+    places = where[1] if how.pop("elsewhere", False) else where[:1]
+    # One walk gives both counts (measure_walks): up to the first position missed it is the paper's
+    # walk, whether or not its rail goes on after that.
+    return [new_game(task, where=places[i % len(places)], go_on=True, **how)
+            for i in range(count)], seeds
 
 
 def new_game(task, **how):
@@ -508,27 +500,37 @@ def measure(episodes):
     """
     # Reading is judged on the FIRST answer: later ones have seen the verifier's message, which
     # names the numbers that are missing and so gives the rule away.
-    first, count = [episode.turns[0].verdict for episode in episodes], len(episodes)
-    errors = Counter(v.kind for v in first if not v.correct)
-    found = {"count": count} | headline(
-        (tuple(sorted(e.env.hand.numbers)), e.terminated) for e in episodes)
-    return found | {"first_try": sum(v.correct for v in first) / count,
-                    "cards_read": sum(v.cards_right for v in first) / count,
-                    "numbers_read": sum(read_as_stated(e) for e in episodes) / count,
-                    "errors": {kind: n / count for kind, n in sorted(errors.items())},
-                    "tries": sum(len(e.turns) for e in episodes) / count, "cut": cut(episodes)}
+    first = [episode.turns[0].verdict for episode in episodes]
+    found = {"first_try": mean(v.correct for v in first),
+             "cards_read": mean(v.cards_right for v in first),
+             "numbers_read": mean(read_as_stated(e) for e in episodes), "errors": errors(first)}
+    return found | both_games(episodes, [(tuple(sorted(e.env.hand.numbers)), e.terminated)
+                                         for e in episodes])
 
 
-def headline(outcomes):
-    """{"hits", "success", "interval"} of (group, 0 or 1) outcomes."""
-    found = rate(outcomes)
-    return {"hits": round(found["rate"] * found["count"]), "success": found["rate"],
-            "interval": found["interval"]}
+def both_games(episodes, outcomes):
+    """The measures that hands and walks share. outcomes: (group, solved) of each episode."""
+    won = rate(outcomes)
+    return {"count": len(episodes), "hits": sum(hit for _, hit in outcomes),
+            "success": won["rate"], "interval": won["interval"],
+            "tries": mean(len(e.turns) for e in episodes), "cut": cut(episodes)}
+
+
+def mean(values):
+    """The mean of some numbers or truths; 0 of none."""
+    values = list(values)
+    return sum(values) / max(1, len(values))
+
+
+def errors(verdicts):
+    """{kind of error: share of the verdicts}."""
+    kinds = Counter(v.kind for v in verdicts if not v.correct)
+    return {kind: n / len(verdicts) for kind, n in sorted(kinds.items())}
 
 
 def cut(episodes):
     """Share of answers that were cut off before their end: they make a gap of their own."""
-    return 1 - sum(t.ended for e in episodes for t in e.turns) / sum(len(e.turns) for e in episodes)
+    return mean(not turn.ended for episode in episodes for turn in episode.turns)
 
 
 def read_as_stated(episode):
@@ -569,10 +571,10 @@ def measure_walks(episodes):
         position       first turn   forward   later turn   stop        per_step   per_step_on
         right tries    0 of 2       1 of 1    1 of 2       1 of 1      0 of 2     3 of 6
 
-    kinds, kinds_on: the same for each kind of action. turns: both kinds of turn together, the rail
-    going on: only there the rules differ. Of the first answers at each position: landmarks_present,
-    landmarks_empty: what is said of the landmark is right, where there is one and where there is
-    none; crossings_read: of the intersection; whole_right: all of that, and the action.
+    kinds, kinds_on: the same for each kind of action; turns: both kinds of turn together, the rail
+    going on: only there the rules differ. Of the first answers: landmarks_present, landmarks_empty
+    (right where there is a landmark, where there is none), crossings_read, whole_right (all of that
+    and the action).
     """
     paper, on, first = [], [], []       # (walk, kind of action, verdict) of tries; first tries
     for walk, episode in enumerate(episodes):
@@ -584,37 +586,27 @@ def measure_walks(episodes):
             paper += [] if missed else judged
             missed |= not tries[-1].verdict.correct
             # Reading is judged before the verifier has said what was misread.
-            there = not place.observation.startswith(virl_env.NOTHING)
-            first.append((walk, there, tries[0].verdict))
-    found = {"count": len(episodes)} | headline(
-        (walk, solved(episode)) for walk, episode in enumerate(episodes))
-    for suffix, judged in (("", paper), ("_on", on)):
-        kinds = {"every action": rate((walk, v.correct) for walk, _, v in judged)}
-        kinds |= {kind: rate((walk, v.correct) for walk, k, v in judged if k == kind)
-                  for kind in virl_env.KINDS}
-        found |= {f"per_step{suffix}": kinds["every action"]["rate"],
-                  f"steps{suffix}": kinds["every action"]["count"], f"kinds{suffix}": kinds}
+            first.append((not place.observation.startswith(virl_env.NOTHING), tries[0].verdict))
+    kinds, kinds_on = ({kind: rate((walk, v.correct) for walk, k, v in judged
+                                   if kind in (k, "every action"))
+                        for kind in ("every action", *virl_env.KINDS)} for judged in (paper, on))
     turns = rate((walk, v.correct) for walk, k, v in on if k.endswith("turn"))
-    errors = Counter(v.kind for *_, v in first if not v.correct)
-
-    def share(judge, of=first):
-        """Share of first answers of which `judge` is true."""
-        return sum(judge(v) for *_, v in of) / max(1, len(of))
-
-    def whole(v):
-        """Everything right: the action, the landmarks, the intersection."""
-        return v.correct and v.landmarks_right and v.intersection_right
-
-    present, empty = ([f for f in first if f[1] == there] for there in (True, False))
-    return found | {
+    present = [v.landmarks_right for there, v in first if there]
+    empty = [v.landmarks_right for there, v in first if not there]
+    verdicts = [v for _, v in first]
+    found = {
+        "per_step": kinds["every action"]["rate"], "steps": kinds["every action"]["count"],
+        "per_step_on": kinds_on["every action"]["rate"],
+        "steps_on": kinds_on["every action"]["count"], "kinds": kinds, "kinds_on": kinds_on,
         "turns": turns["rate"], "turn_tries": turns["count"], "positions": len(first),
-        "first_try": share(lambda v: v.correct), "whole_right": share(whole),
-        "landmarks_present": share(lambda v: v.landmarks_right, present),
-        "landmarks_empty": share(lambda v: v.landmarks_right, empty),
-        "positions_present": len(present), "positions_empty": len(empty),
-        "crossings_read": share(lambda v: v.intersection_right),
-        "errors": {kind: n / len(first) for kind, n in sorted(errors.items())},
-        "tries": sum(len(e.turns) for e in episodes) / len(episodes), "cut": cut(episodes)}
+        "first_try": mean(v.correct for v in verdicts),
+        "landmarks_present": mean(present), "positions_present": len(present),
+        "landmarks_empty": mean(empty), "positions_empty": len(empty),
+        "crossings_read": mean(v.intersection_right for v in verdicts),
+        "whole_right": mean(v.correct and v.landmarks_right and v.intersection_right
+                            for v in verdicts),
+        "errors": errors(verdicts)}
+    return found | both_games(episodes, [(walk, solved(e)) for walk, e in enumerate(episodes)])
 
 
 # -------- 6. Measuring a model
@@ -749,27 +741,14 @@ def show_more(results):
                   f"{m['crossings_read']:.1%}; all right, and the action {m['whole_right']:.1%}")
 
 
-def show_transcripts(episodes, count, pictures="", positions_shown=3):
-    """Print conversations, half of them solved and half not, as far as there are any.
-
-    pictures: where the pictures that were shown go, as PICTURES-1.png, PICTURES-2.png, ... On
-    walks these are those of the first positions_shown positions; the others are left out.
-    """
+def show_transcripts(episodes, count, positions_shown=3):
+    """Print conversations, half of them solved and half not, as far as there are any."""
     good = [e for e in episodes if solved(e)][:count - count // 2]
     failed = [e for e in episodes if not solved(e)][:count - len(good)]
-    number = 0
     for episode in good + failed:
-        env, talks = episode.env, positions(episode)
         print("\n" + "=" * 30, "solved" if solved(episode) else "not solved", "=" * 30)
-        prompt = episode.prompt
+        prompt, talks = episode.prompt, positions(episode)
         for at, tries in enumerate(talks[:positions_shown]):
-            if env.picture:
-                number += 1
-                path = pathlib.Path(f"{pictures}-{number}.png")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image = env.look(env.rail[at]) if hasattr(env, "rail") else env.image
-                image.save(path)
-                print(f"[the picture is in {path}]")
             print(prompt)
             for turn in tries:
                 # at a new position the environment's words are the next prompt, not a message
@@ -791,20 +770,15 @@ def flags(argv=None):
     add = parser.add_argument_group("measuring").add_argument
     add("--run", help="a run folder of sft.py: play all its checkpoints")
     add("--steps", type=int, nargs="+", help="with --run: only these checkpoints")
-    add("--cells", nargs="+", metavar="CELL", help="measure just these: " + "; ".join(
-        f"{task}: {', '.join(cells)}" for task, cells in TASK_CELLS.items()))
+    add("--cells", nargs="+", metavar="CELL", help="measure just these (a wrong one lists all)")
     add("--splits", nargs="+", choices=SPLIT_NAMES, default=["train", "test"],
         help="hands or routes: train (seen), test (held out), val, all")
-    add("--hands", type=int, default=1000, help="hands or walks a cell (default 1000; V-IRL: 180; "
-        "paper: 234 and 48)")
+    add("--hands", type=int, default=1000, help="episodes a cell (1000; V-IRL 180; paper 234, 48)")
     add("--tries", type=int, help="answers a hand or a position (paper: 5; V-IRL: 2)")
-    add("--temperature", type=float, default=0.6, help="of sampling; 0 takes the likeliest token "
-        "(default 0.6, as the paper's backbone is shipped)")
+    add("--temperature", type=float, default=0.6, help="of sampling (default 0.6, as Llama ships)")
     add("--batch", type=int, default=256, help="episodes at once (default 256; V-IRL: 64)")
-    add("--blindfold", action="store_true", help="-vl: grey in place of every picture; what is "
-        "still right needed no eyes")
-    add("--show", type=int, default=0, metavar="N", help="print N transcripts a cell, half of them "
-        "solved; pictures go to runs/shown")
+    add("--blindfold", action="store_true", help="-vl: grey in place of every picture")
+    add("--show", type=int, default=0, metavar="N", help="print N transcripts a cell")
     # 180 walks are about 3,000 tries, so that per-step accuracy is known to +-2 points. A prompt on
     # a walk is five times as long as a hand's: fewer in a batch.
     walks = {"hands": 180, "batch": 64}
@@ -815,8 +789,8 @@ def flags(argv=None):
                           f"{', '.join(TASK_CELLS[args.task])}")
     if args.steps and not args.run:
         raise Problem("--steps says which checkpoints of a --run to play; give one")
-    if args.blindfold and (args.run or not pictured(args.task)):
-        raise Problem("--blindfold: a probe of one --model, for --task gp-vl or virl-vl")
+    if args.blindfold and not pictured(args.task):
+        raise Problem("--blindfold: add --task gp-vl or virl-vl")
     return args
 
 
@@ -840,7 +814,7 @@ def main():
     print(f"{time.time() - began:.0f} s")
     for name in episodes if args.show else ():
         print("\n#", name)
-        show_transcripts(episodes[name], args.show, f"runs/shown/{name.replace('/', '-')}")
+        show_transcripts(episodes[name], args.show)
 
 
 if __name__ == "__main__":

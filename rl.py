@@ -55,15 +55,10 @@ MAX_GRAD_NORM = 1.0         # of the policy and of the critic, each
 # -------- 1. Collect
 
 
-def mixed(*numbers):
-    """One seed from several numbers, e.g. (seed, update): no generator's state to save."""
-    weighted = (number * (1_000_003 ** i % 2 ** 31) for i, number in enumerate(numbers))
-    return sum(weighted) % 2 ** 31
-
-
 def seeded(*numbers):
-    """A torch generator on the CPU from several numbers."""
-    return torch.Generator().manual_seed(mixed(*numbers))
+    """A torch generator from several numbers, e.g. (seed, update): no state to save or restore."""
+    mixed = sum(number * (1_000_003 ** i % 2 ** 31) for i, number in enumerate(numbers))
+    return torch.Generator().manual_seed(mixed % 2 ** 31)
 
 
 def collect(backbone, args, update):
@@ -127,8 +122,7 @@ def conversations(episodes):
 def build_value_head(hidden, seed):
     """The critic: a small MLP on the policy's own hidden state, (.., H) -> (..,). V is 0 at first.
 
-    One forward pass serves policy and critic. The critic's gradient ends at the hidden state,
-    unless --value-trunk lets it through, as in the paper (see `score`).
+    One forward pass serves policy and critic.
     """
     wide, narrow = max(128, hidden // 4), max(64, hidden // 8)
     head = torch.nn.Sequential(torch.nn.Linear(hidden, wide), torch.nn.ReLU(),
@@ -149,8 +143,7 @@ def score(backbone, head, rows, temperature, value_trunk=False):
 
     value_trunk: let the gradient of V into the trunk, as the paper does. By default the critic only
     READS the policy's hidden state: let in, it made the trunk's gradient 9 times as long (3.5
-    against 0.37, mean of 24 updates, rewards in -4..5), so that most of a step served the critic,
-    and three success rates of four ended lower, one seed (results/README.md, "Ablations").
+    against 0.37, mean of 24 updates, one seed), so that most of a step served the critic.
     Returns (logprobs (N,), entropy (N,), values (number of tries,)), all float32, in row order.
     """
     ids, mask, lengths, pictures = batch(backbone, rows)                     # (rows, T) each
@@ -170,9 +163,8 @@ def score_all(backbone, head, rows, temperature, micro_batch):
 
     The sampler knew the log-probabilities already. But V needs this pass anyway, and it computes
     the old ones just as the update will compute the new ones, so that all ratios begin at 1 but for
-    rounding. (Small backbone in bf16 on a CPU: the sampler's are off by 0.003 a token on average,
-    these by 0.0001.) The sampler's serve in `self_check`. They are those at --temperature:
-    softmax(logits / temperature) is the policy that played.
+    rounding. The sampler's serve in `self_check`. softmax(logits / temperature) is the policy that
+    played.
     """
     for part in by_length(rows, micro_batch):
         logprobs, _, values = score(backbone, head, part, temperature)
@@ -196,8 +188,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
       terminated  the game is over, no reward can follow: 0
       truncated   it was cut; the value of what would have come next is `after`. Running out of
                   tries is a rule of this game that the agent cannot play past, so `after` is always
-                  0 in this file. Code that cuts episodes where a buffer is full (most PPO for
-                  games does) puts V(next state) there.
+                  0 in this file. PPO that cuts episodes where a buffer is full puts V(next state)
       Never the value of another episode.
 
     rewards, values: (K,) float. Returns (advantages, returns), both (K,). Worked example (gamma
@@ -417,7 +408,6 @@ def run(args):
     """The whole of PPO: start, then collect, score, advantages, update, again and again."""
     began = time.time()
     policy = Policy(args)
-    folder, metrics = policy.folder, policy.metrics
     if policy.first == 0:
         policy.measure(0, args.eval_hands)
     for update in sft.progress(range(policy.first, args.updates), "ppo", "update"):
@@ -433,10 +423,11 @@ def run(args):
         numbers = ppo_update(policy.backbone, policy.head, policy.optimizer, rows, args,    # 4
                              update, can_learn)
         clock.append(time.time())
-        policy.count(rows, numbers)                                                         # 5
+        policy.counts["trained"] += numbers["tokens_trained"]                               # 5
+        policy.counts["sampled"] += sum(len(row["ids"]) for row in rows)
         row = {"step": update + 1} | summary(rows, episodes) | numbers | policy.compute()
         row |= {"seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
-        metrics.write(row)
+        policy.metrics.write(row)
         tqdm.write(one_line(row) if can_learn else f"update {update + 1:3d}  every episode was "
                    f"paid {row['reward']:.2f}, nothing to learn from: the policy took no step")
         last = update + 1 == args.updates
@@ -445,38 +436,34 @@ def run(args):
         # The checkpoint comes last: killed at any moment before, the run goes on from the one of
         # the update before, drops what was written since, and writes the same again.
         policy.save(update + 1)
-    print(f"done in {(time.time() - began) / 60:.1f} minutes. The policy is in "
-          f"{folder}/step-{args.updates:06d}. Next:\n    python evaluate.py --ood --show 2 --model "
-          f"{shlex.quote(str(folder))}/step-{args.updates:06d}")
+    last = shlex.quote(f"{policy.folder}/step-{args.updates:06d}")
+    print(f"done in {(time.time() - began) / 60:.1f} minutes. Next:\n"
+          f"    python evaluate.py --ood --show 2 --model {last}")
 
 
 class Policy:
-    """What learns, and what a run keeps: model, critic, optimiser, counts, run folder."""
+    """What learns, and what a run keeps: model, critic, optimiser, counts of tokens, run folder."""
 
     def __init__(self, args):
-        self.args = args
+        self.args, self.first = args, 0
         print(f"PPO on {args.task}, seed {args.seed}: {args.updates} updates of {args.episodes} "
               f"episodes, {torch.get_num_threads()} threads", flush=True)
         start = args.init or make_start(args)
         self.backbone = sft.open_backbone(args, start)
-        args.max_new_tokens = sft.answer_length(self.backbone, args, args.tries)
+        self.start = sft.open_backbone(args, start) if args.kl_coef > 0 else None
         model = self.backbone.model
         sft.freeze(model, args.freeze)
+        args.max_new_tokens = sft.answer_length(self.backbone, args, args.tries)
         hidden = model.config.get_text_config().hidden_size
         self.head = build_value_head(hidden, args.seed).to(self.backbone.device)
         self.optimizer = sft.adamw(
             [{"params": [p for p in model.parameters() if p.requires_grad], "lr": args.lr},
              {"params": list(self.head.parameters()), "lr": args.value_lr}], (0.9, 0.999))
-        self.size = task_parameters(model, pictured(args.task))
-        # tokens through SFT before this run, through PPO's training passes, read by the sampler
+        # through SFT before this run; through PPO's training passes; read by the sampler
         self.counts = {"init": sft.tokens_before(start), "trained": 0, "sampled": 0}
-        self.start = sft.open_backbone(args, start) if args.kl_coef > 0 else None
-        self.first = 0
         if args.inspect:
-            if (pathlib.Path(start) / "state.pt").exists():         # the critic of that checkpoint
-                state = torch.load(pathlib.Path(start) / "state.pt", weights_only=True,
-                                   map_location=self.backbone.device)
-                self.head.load_state_dict(state.get("head", self.head.state_dict()))
+            if (pathlib.Path(start) / "state.pt").exists():
+                self.head.load_state_dict(load_state(start).get("head", self.head.state_dict()))
             return
         self.folder = sft.open_run(args.out or f"runs/rl-{args.task}-s{args.seed}", args, "rl")
         saved = checkpoints(self.folder) if args.resume else []
@@ -496,14 +483,10 @@ class Policy:
             for row, copy in zip(rows, copies):
                 row["start_logprobs"] = copy["logprobs"]
 
-    def count(self, rows, numbers):
-        """Add the tokens of an update."""
-        self.counts["trained"] += numbers["tokens_trained"]
-        self.counts["sampled"] += sum(len(row["ids"]) for row in rows)
-
     def compute(self):
         """FLOPs so far, see `compute`."""
-        return compute(self.args.task, self.size, self.counts, 3 if self.start else 2)
+        size = task_parameters(self.backbone.model, pictured(self.args.task))
+        return compute(self.args.task, size, self.counts, 3 if self.start else 2)
 
     def measure(self, step, hands):
         """Evaluate on seen and held-out hands, print, and write eval.jsonl."""

@@ -754,7 +754,7 @@ def check_model(backbone, name):
 
 
 def answer_length(backbone, args, tries=1):
-    """The longest answer to allow, in tokens: a third more than the longest of 64 expert answers.
+    """The longest answer to allow, in tokens: a quarter more than the longest of 64 of an expert.
 
     A limit that cuts right answers off would look like a gap under the rule with longer ones. So it
     follows the tokenizer, and --max-new-tokens overrules it. Raises Problem if a conversation of
@@ -765,7 +765,7 @@ def answer_length(backbone, args, tries=1):
     rows = [encode(backbone, ENVIRONMENTS[name].expert_conversation(rng, **options | rule))
             for _ in range(32) for rule in ({}, OTHER_RULE[name])]
     longest = max(sum(row["mask"]) for row in rows)
-    length = args.max_new_tokens or 16 * math.ceil(longest * 4 / 3 / 16)
+    length = args.max_new_tokens or 8 * math.ceil(longest * 1.25 / 8)
     if length < longest:
         tqdm.write(f"--max-new-tokens {length} cuts off right answers: expert answers have up to "
                    f"{longest} tokens")
