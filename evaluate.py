@@ -677,18 +677,20 @@ def evaluate_run(args, cells):
     path, how = folder / "eval.jsonl", {key: getattr(args, key) for key in (
         "hands", "tries", "temperature", "batch", "dtype")}
     rows = {row["step"]: row for row in sft.read_lines(path)}
-    spent = {row["step"]: row["flops"] for row in sft.read_lines(folder / "metrics.jsonl")}
+    trained = {row["step"]: row for row in sft.read_lines(folder / "metrics.jsonl")}
     for step, checkpoint in found.items():
+        charged = trained.get(step, {}).get("flops", 0)
         row = rows.setdefault(step, {
-            "step": step, "hands": args.hands, "how": how, "flops": spent.get(step, 0),
-            "flops_spent": spent.get(step, 0), "cells": {}})    # SFT spends what it is charged
-        lacking = [cell for cell in cells if not any(
-            name.split("/")[1] == cell for name in row["cells"])]
-        if lacking and row["how"] != how:
+            "step": step, "hands": args.hands, "how": how, "flops": charged, "cells": {},
+            "flops_spent": trained.get(step, {}).get("flops_spent", charged)})
+        lacking = [cell for cell, split in cell_splits(cells, args.splits, args.task)
+                   if f"{SPLIT_NAMES[split]}/{cell}" not in row["cells"]]
+        if lacking and row.get("how", how) != how:
             raise Problem(f"--run {folder}: step {step} was measured with {row['how']}: give the "
                           f"same flags, or move {path} away")
         if lacking:
             print(f"step {step}", flush=True)
+            lacking = list(dict.fromkeys(lacking))
             row["cells"] |= measure_model(args, sft.open_backbone(args, checkpoint), lacking)[0]
             aside = path.with_suffix(".tmp")
             aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
