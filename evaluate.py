@@ -291,15 +291,14 @@ class PictureLayer(DynamicLayer):
 class Reader:
     """Reads B growing conversations with one cache.
 
-    Each row has its own slots, from 0 on and without gaps: slot, position and number of the token
-    in its conversation are one and the same. A token sees the slots up to its own. Rows are padded
-    on the right; what padding wrote lies behind `length`, where nobody looks, and is overwritten:
+    A token's slot is its position in its row's conversation, and it sees the slots up to its own.
+    Rows are padded on the right; what padding wrote lies behind `length`, where nobody looks, and
+    is overwritten:
 
         slots      0  1  2  3  4  5  6  7        length
         row 0      p  p  p  a  a  m  m  a        8          p prompt, a answer, m message
         row 1      p  p  a  a  -  -  -  -        4          - what padding wrote, or nothing
 
-    The update (sft.trunk) reads the same conversation from the same positions.
     """
 
     BLOCK = 64                  # slots are added in blocks: growing copies the whole cache
@@ -409,11 +408,10 @@ class Reader:
 class Recording:
     """`Reader.step` for one token a row, recorded on a GPU, then played again and again.
 
-    A step of a large model is many small jobs (kernels), several for each operation of each layer,
-    and Python hands them to the GPU one by one: for 32 rows of the 11B model an H200 took 120 ms,
-    and was at work for 7.5 of them. A CUDA graph is the list of those jobs; played, they follow
-    each other and Python has no part. Its tensors must stay in their places: a recording ends when
-    the cache grows, when rows leave, and when a new picture is seen.
+    Python hands a GPU its small jobs (kernels) one by one: for 32 rows of the 11B model an H200
+    took 120 ms a token, and was at work for 7.5 of them. A CUDA graph is the list of those jobs,
+    played without Python. Its tensors must stay in their places: a recording ends when the cache
+    grows, when rows leave, and when a new picture is seen.
     """
 
     def __init__(self, reader, ids, counts):

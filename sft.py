@@ -185,8 +185,7 @@ def trunk(backbone, ids, lengths, pictures=None):
 def precision(backbone):
     """The context of a forward pass: float32 weights are multiplied in bf16 on a GPU.
 
-    On a CPU they stay float32. Weights that are bf16 already need no autocast: the model's own code
-    takes its norms and softmax to float32. Log-probabilities and the critic are float32 throughout.
+    On a CPU they stay float32. Log-probabilities and the critic are float32 everywhere.
     """
     on = backbone.device.type == "cuda" and backbone.model.dtype == torch.float32
     return torch.autocast(backbone.device.type, torch.bfloat16, enabled=on)
@@ -254,8 +253,7 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
 def learning_mode(backbone, on):
     """Switch gradient checkpointing on for a backward pass, if it was asked for.
 
-    Hugging Face ties it to train mode; sampling in train mode with checkpointing gives wrong
-    tokens, silently. So: train mode for backward passes of checkpointed models, else eval mode.
+    Hugging Face ties it to train mode, and sampling in train mode gives wrong tokens, silently.
     """
     backbone.model.train(on and backbone.checkpointing)
 
@@ -300,9 +298,8 @@ def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=Fa
 
     draw(step) -> list of conversations and rate(step) -> learning rate are functions of the step
     alone, so that a resumed run sees what an unbroken one would have seen. stop: steps in all.
-    save_at: steps after which `step-000123` is written, beside the last.
-    probe(backbone) -> dict of extra metrics for each checkpoint. size: parameters, and tokens:
-    tokens seen before this run, both for the count of FLOPs (README eq. 6).
+    save_at: steps after which `step-000123` is written. probe(backbone) -> dict of extra metrics
+    of a checkpoint. size, tokens: parameters, tokens seen before this run (README eq. 6).
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -343,8 +340,7 @@ def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=Fa
 def run_sft(args, folder, stop, backbone):
     """Fine-tune on expert answers under the training rule. Returns the last checkpoint.
 
-    The data and the learning-rate schedule depend on (seed, steps, batch, lr) alone, so the START
-    of RL (an early `stop`) is to the last bit a point of the longer run with the same flags.
+    The START of RL (an early `stop`) is to the last bit a point of the run with these flags.
     """
     freeze(backbone.model, args.freeze)
     options, name = game_options(args), args.task.split("-")[0]
@@ -478,8 +474,8 @@ def save_checkpoint(folder, backbone, state=None):
 def load_state(folder, model=None, **owners):
     """Read state.pt of a checkpoint, and give its parts back to their owners. Returns the dict.
 
-    model: a Backbone that takes the checkpoint's weights; owners: e.g. optimizer=..., whatever was
-    saved under that name. Raises Problem if the file is damaged, not plain data, or of another run.
+    model: a Backbone that takes the checkpoint's weights; owners: e.g. optimizer=..., saved under
+    that name. Raises Problem if the file is damaged, not plain data, or of another run.
     """
     folder = pathlib.Path(folder)
     try:
@@ -552,10 +548,7 @@ FREE = ("resume", "out", "threads", "micro_batch", "grad_checkpoint")
 
 
 def open_run(folder, args, kind):
-    """Create a run folder and write args.json, or check that --resume goes on with the same run.
-
-    Raises Problem for a folder that holds another run, or that another process is writing to.
-    """
+    """Create a run folder and write args.json, or check that --resume goes on with the same run."""
     folder = pathlib.Path(folder)
     known, before = folder / "args.json", {}
     settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in FREE}
@@ -610,7 +603,6 @@ def progress(steps, name, unit):
 def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
     """Load a text or vision-language chat model from a folder or, by name, from the hub.
 
-    dtype of the weights: float32, or bfloat16 with half the memory (see AdamW16 and `precision`).
     Returns a Backbone. Raises Problem for a missing folder, a damaged file, a model that the hub
     does not hand out, or one that cannot chat.
     """
@@ -661,11 +653,7 @@ def why_not(error, local):
 
 
 def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone.blind):
-    """Find the chat markup, the end tokens and the banned tokens of a model. Returns a Backbone.
-
-    Raises Problem if it cannot chat, or if this project's sampler would not read it as its own
-    class does.
-    """
+    """Find the markup, the end tokens and the banned tokens of a model. Returns a Backbone."""
     template = getattr(tokenizer, "chat_template", None) or getattr(
         processor, "chat_template", None)       # some vision-language models keep it there only
     if not template:
@@ -702,8 +690,8 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
 def markup(tokenizer, name):
     """The pieces of a chat template: (before the first prompt, before an answer, after an answer).
 
-    Real templates are programs. Rather than imitate each, render one conversation with marker words
-    and cut it at the markers. Raises Problem.
+    Real templates are programs. One conversation of marker words is rendered and cut at the
+    markers. Raises Problem.
     """
     marks, trouble = ("UUU", "AAA", "FFF"), "drops or repeats turns"
     for in_parts in (False, True):  # SmolVLM's loses a turn that is not a list of parts
@@ -731,8 +719,7 @@ def markup(tokenizer, name):
 def check_model(backbone, name):
     """Does output layer(trunk) give the model's own logits? Raises Problem.
 
-    One property in place of a list of models: it fails for logits that are scaled or bent behind
-    the output layer, and for a tokenizer of another model.
+    One property in place of a list of models: it fails where logits are scaled or bent.
     """
     model, text = backbone.model, backbone.model.config.get_text_config()
     said = backbone.before_first + string.printable + backbone.before_answer
@@ -756,9 +743,8 @@ def check_model(backbone, name):
 def answer_length(backbone, args, tries=1):
     """The longest answer to allow, in tokens: a quarter more than the longest of 64 of an expert.
 
-    A limit that cuts right answers off would look like a gap under the rule with longer ones. So it
-    follows the tokenizer, and --max-new-tokens overrules it. Raises Problem if a conversation of
-    this many tries does not fit into the model.
+    A limit that cuts right answers off would look like a gap under the rule with longer ones.
+    --max-new-tokens overrules it. Raises Problem if a conversation does not fit into the model.
     """
     name, rng = args.task.split("-")[0], np.random.default_rng(0)
     options = {"split": getattr(args, "split", "val")} | game_options(args)
@@ -963,8 +949,7 @@ def cross_mask(backbone, ids, tiles, passed=False):
 def halve(master):
     """float32 -> (bfloat16, int16) of the same shape; `rejoin` gives back every bit.
 
-    A bfloat16 is the upper half of the 32 bits of a float32. What rounding to the nearest leaves
-    over, read as an integer, lies in -32768..32767: exactly what 16 bits can hold.
+    A bfloat16 is the upper half of a float32. What rounding leaves over fits into 16 bits.
     """
     bits = master.view(torch.int32)
     upper = (bits + 0x8000) & -0x10000          # add half a unit, then clear the lower 16 bits
@@ -1060,10 +1045,7 @@ for seeing in ("gp-vl", "virl-vl"):
 
 
 def guarded(main):
-    """Run a script's main(): what the user can put right ends in one clear line, no traceback.
-
-    Returns the exit code: 0 fine, 2 a problem, 130 stopped by the user.
-    """
+    """Run a script's main(): what the user can put right ends in one clear line, exit code 2."""
     name = pathlib.Path(sys.argv[0]).name
     again = "run it again" if name == "evaluate.py" else "go on with --resume"
     for stream in (sys.stdout, sys.stderr):     # a model may say what a terminal cannot print
@@ -1082,9 +1064,8 @@ def guarded(main):
         said = "the disk is full: free some space" if full else str(error)
         said += f"; nothing saved before is lost: {again}"
     except (MemoryError, torch.OutOfMemoryError):
-        said = ("out of memory: in training lower --micro-batch or add --grad-checkpoint, in "
-                "sampling lower --sample-batch or --batch (the result stays the same), or begin "
-                f"anew with --dtype bfloat16; what was saved is not lost: {again}")
+        said = ("out of memory: lower --micro-batch or add --grad-checkpoint (training), lower "
+                f"--sample-batch or --batch (sampling), or begin with --dtype bfloat16; {again}")
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; {again}", file=sys.stderr)
         return 130
@@ -1124,8 +1105,7 @@ def training_flags(parser):
 def parse_flags(parser, task_defaults, presets, argv=None):
     """Parse and check a command line. Returns the Namespace. Raises Problem.
 
-    task_defaults, presets: {task: {flag: default}}; which ones hold is known once --task is read,
-    so it is read first. A flag that is given beats them all.
+    task_defaults, presets: {task: {flag: default}}; so --task is read first.
     """
     first = parser.parse_known_args(argv)[0]
     # what a checkpoint was trained on is what it plays, unless told otherwise
