@@ -1,38 +1,21 @@
 """The verifier: text in, verdict out. The only source of reward in this project.
 
-Paper: arXiv 2501.17161, section 3 (the verifier VER maps an answer to a reward and a message),
-appendix A.3 (the GeneralPoints reward table) and B.3 (that of V-IRL). Nothing here knows a model, a
-tensor or a file.
+Paper: arXiv 2501.17161, section 3; the reward tables are those of appendices A.3 and B.3.
 
-How an answer to a hand of cards is judged (`verify_gp`):
-  1. find the fields `cards`, `number`, `formula`: strict JSON first, then the looser forms that
-     language models write (single quotes, no quotes, trailing commas, words around the object)
-  2. parse the formula by the grammar below: an exact fraction and the numbers used
-  3. compare: are the numbers the hand's, is the value the target? Say in one English clause what
-     was wrong: it is the next turn of the conversation
-
-    equation   := expression [ "=" number ]
-    expression := term   { ("+" | "-") term }
-    term       := factor { ("*" | "/") factor }
-    factor     := number | "(" expression ")"
-
-How an answer on a walk is judged (`verify_virl`), once step 1 has found its fields:
-  4. read the action, one of forward(), stop(), turn_direction(word), the word legal under the
-     rule, and what the answer CLAIMS to see
-  5. right action: correct. Wrong action: the claims decide what it costs and what is said
+  1. find the fields of an answer: strict JSON first, then the looser forms that language models
+     write (single quotes, no quotes, trailing commas, words around the object)
+  2. a hand of cards: parse the formula into an exact fraction and the numbers used
+  3. the verdict on it, with an English clause on what was wrong, which the model is told
+  4. a walk: the action, and what the answer CLAIMS to see, which decides what a wrong action costs
 
 An answer is HOSTILE INPUT: the policy is paid for whatever this file believes. So the formula is
-parsed and never handed to Python's eval; arithmetic is exact (8/(3-8/3) is 24 here, and 23.999...
-in floating point); text length, bracket depth and digits are limited; and whatever an answer holds,
-verify_gp and verify_virl return a verdict and raise nothing. Give them the text as it was sampled,
-special tokens and all: with those left out, `1<|im_start|>0` would read as 10.
+parsed and never handed to Python's eval; arithmetic is exact (8/(3-8/3) is 24, not 23.999...);
+lengths and depths are limited; and whatever an answer holds, verify_gp and verify_virl raise
+nothing. Give them special tokens and all: without them `1<|im_start|>0` would read as 10.
 
     >>> verify_gp('{"cards": ["8","3","8","3"], "number": [8,3,8,3], "formula": "8/(3-8/3)=24"}',
     ...           ["8", "3", "8", "3"], [8, 3, 8, 3]).kind
     'correct'
-    >>> verify_virl("action: turn_direction(left)", "turn_direction(right)", "no landmark in sight",
-    ...             ["left", "right"]).reward
-    -1.0
 
 Read next: gp_env.py, which deals the hand and turns a verdict into a step of an environment.
 """
@@ -47,18 +30,10 @@ MAX_ANSWER = 2000   # characters of a whole answer that are looked at
 MAX_FORMULA = 200   # characters of a formula; the longest honest one has about 25
 MAX_DEPTH = 20      # nested brackets; four numbers never need more than 3
 MAX_DIGITS = 4      # digits of one number
-MAX_ACTION = 60     # characters of an action on a walk; the longest honest one has 32
 
 # ------------------------------------------------------------------------------------------------
 # 1. The fields of an answer
 # ------------------------------------------------------------------------------------------------
-
-
-class _Pairs(list):
-    """A JSON object as its (key, value) pairs: a dict would hide the first of two equal keys.
-
-    A class of its own, to tell an object from a JSON list.
-    """
 
 
 def _read_fields(text, names, needed, cut):
@@ -67,22 +42,18 @@ def _read_fields(text, names, needed, cut):
     A text that is one JSON object with the field `needed` is read as such. In any other, what
     stands between a `name:` and the next one is that field, and cut(name, piece) its value.
     """
-    try:
-        found = json.loads(text, object_pairs_hook=_Pairs)
+    try:    # an object as a tuple of pairs: a dict would hide the first of two equal keys
+        found = json.loads(text, object_pairs_hook=tuple)
     except (ValueError, RecursionError):
         found = None
-    if isinstance(found, _Pairs):
+    if isinstance(found, tuple):
         pairs = [(key.lower(), value) for key, value in found]
         if any(key == needed for key, _ in pairs):
             return pairs
     name_and_colon = rf"""["']?\b({'|'.join(names)})\b["']?\s*:"""
-    matches = list(re.finditer(name_and_colon, text, re.IGNORECASE))
-    ends = [match.start() for match in matches[1:]] + [len(text)]
-    fields = []
-    for match, end in zip(matches, ends):
-        name = match.group(1).lower()
-        fields.append((name, cut(name, text[match.end():end])))
-    return fields
+    _, *parts = re.split(name_and_colon, text, flags=re.IGNORECASE)    # name, piece, name, piece
+    found_names = [name.lower() for name in parts[::2]]
+    return [(name, cut(name, piece)) for name, piece in zip(found_names, parts[1::2])]
 
 
 def _cut_cards(name, piece):
@@ -97,20 +68,14 @@ def _cut_cards(name, piece):
 
 def _cut_walk(_, piece):
     """A text, up to the quote that closes it, or to the end of its line or object."""
-    piece = piece.lstrip()
+    piece, end = piece.lstrip(), r"[\n}]"
     if piece[:1] in ("'", '"'):     # not every quote closes: Joe's Cafe has one inside
-        closing = re.search(piece[0] + r"\s*(?:[,}\n]|$)", piece[1:])
-        piece = piece[1:closing.start() + 1] if closing else piece[1:]
-    else:
-        piece = re.split(r"[\n}]", piece, maxsplit=1)[0]
-    return piece.strip(" \t\r,;")
+        piece, end = piece[1:], piece[0] + r"\s*(?:[,}\n]|$)"
+    return re.split(end, piece, maxsplit=1)[0].strip(" \t\r,;")
 
 
 def read_answer(text):
-    """The fields of an answer to a hand of cards; never raises.
-
-    Returns {"cards": [...], "number": [...], "formula": [...]}, lists of str: the cards, the
-    numbers, and every formula field found, so that the caller can refuse a second one.
+    """The cards, the numbers and EVERY formula of an answer, as lists of str; never raises.
 
     >>> read_answer("cards: A 2, number: 1 2, formula: 1+2=3")
     {'cards': ['A', '2'], 'number': ['1', '2'], 'formula': ['1+2=3']}
@@ -126,11 +91,7 @@ def read_answer(text):
 
 
 def read_walk(text):
-    """The fields of an answer on a walk, each a list of every value found; never raises.
-
-    >>> read_walk("action: forward() }")
-    {'action': ['forward()'], 'current observation': [], 'current instruction': []}
-    """
+    """The fields of an answer on a walk, each a list of EVERY value found; never raises."""
     found = {"action": [], "current observation": [], "current instruction": []}
     for name, value in _read_fields(text, found, "action", _cut_walk):
         if name in found:
@@ -142,7 +103,6 @@ def read_walk(text):
 # 2. The formula
 # ------------------------------------------------------------------------------------------------
 
-# Signs that people and models type for the same operation. Other characters are never "repaired".
 _SAME_SIGN = str.maketrans("×·∗⋅÷∕⁄−–＋＝", "****///--+=")
 ILLEGAL_WHY = {
     "character": "only numbers and + - * / ( ) = are allowed",
@@ -171,11 +131,10 @@ class IllegalFormula(ValueError):
 
 
 def _cut(text):
-    """The formula as a list of tokens: numbers, + - * / ( ) = and a last "end"."""
+    """The tokens of a formula: numbers, + - * / ( ) = and a last "end"."""
     tokens = re.findall(r"[0-9]+|\S", text)
     for token in tokens:
-        is_number = token.isascii() and token.isdigit()
-        if not is_number and token not in "+-*/()=":
+        if token not in "+-*/()=" and not (token.isascii() and token.isdigit()):
             raise IllegalFormula(token, "character")
         if len(token) > MAX_DIGITS:
             raise IllegalFormula(token, "digits")
@@ -184,13 +143,18 @@ def _cut(text):
     return tokens + ["end"]
 
 
-# Recursive descent: one function for each rule of the grammar. Each takes what it reads off the
-# front of `tokens`, notes in `numbers` the numbers that it meets, and returns its exact value.
-# depth: how many brackets are open.
+# The grammar, and one function for each of its rules (recursive descent):
+#
+#     equation   := expression [ "=" number ]         parse_formula
+#     expression := term   { ("+" | "-") term }
+#     term       := factor { ("*" | "/") factor }
+#     factor     := number | "(" expression ")"
+#
+# Each takes what it reads off the front of `tokens`, notes in `numbers` the numbers that it meets,
+# and returns its exact value. depth: how many brackets are open.
 
 
 def _expression(tokens, numbers, depth):
-    """expression := term { ("+" | "-") term }"""
     value = _term(tokens, numbers, depth)
     while tokens[0] in ("+", "-"):
         sign = tokens.pop(0)
@@ -200,7 +164,6 @@ def _expression(tokens, numbers, depth):
 
 
 def _term(tokens, numbers, depth):
-    """term := factor { ("*" | "/") factor }"""
     value = _factor(tokens, numbers, depth)
     while tokens[0] in ("*", "/"):
         sign = tokens.pop(0)
@@ -212,7 +175,6 @@ def _term(tokens, numbers, depth):
 
 
 def _factor(tokens, numbers, depth):
-    """factor := number | "(" expression ")" """
     token = tokens.pop(0)
     if token.isdigit():
         numbers.append(int(token))
@@ -223,21 +185,17 @@ def _factor(tokens, numbers, depth):
         raise IllegalFormula("(", "depth")
     value = _expression(tokens, numbers, depth + 1)
     after = tokens.pop(0)
-    if after.isdigit() or after == "(":             # (8 3): two values side by side
-        raise IllegalFormula(after, "operator")
     if after != ")":
         raise IllegalFormula(after, "open")
     return value
 
 
 def parse_formula(text):
-    """Evaluate one side or a whole equation, exactly.
+    """Evaluate one side, `1+2*(3-4)`, or a whole equation, `1+2*(3-4)=5`, exactly.
 
-    text: at most MAX_FORMULA characters of `1+2*(3-4)` or `1+2*(3-4)=5`.
     Returns (value, numbers, right): value of the left side as a Fraction, the numbers used on the
     left in order of appearance, and the number right of "=" (None if there is no "=").
-    Raises IllegalFormula for all that the grammar does not have, chat models' habits included:
-    a times sign in LaTeX, `24=3*8`, a full stop at the end.
+    Raises IllegalFormula for all that the grammar does not have: LaTeX, `24=3*8`, a full stop.
     """
     text = text.translate(_SAME_SIGN)
     if len(text) > MAX_FORMULA:
@@ -262,14 +220,13 @@ def parse_formula(text):
 # ------------------------------------------------------------------------------------------------
 
 # The paper's table (appendix A.3). The released code adds penalties up (one answer can cost -8);
-# here, as in the paper's text, an answer has ONE kind. Two rewards are on top of the kind:
-# "out of tries" for the last failed try of an episode, "misread cards" for pictures only.
+# here, as in the paper's text, an answer has ONE kind, and the last two are added to its reward.
 GP_REWARDS = {
     "correct": 5.0,         # a legal equation that equals the target: the episode ends
     "wrong value": -1.0,    # legal, each card once, but another value
-    "wrong numbers": -2.0,  # legal arithmetic on numbers that are not exactly the hand's
+    "wrong numbers": -2.0,  # legal, but not on exactly the hand's numbers: J was taken for 10
     "illegal": -3.0,        # not an equation at all
-    "out of tries": -1.0,   # added to the last failed try
+    "out of tries": -1.0,   # added to the last failed try of an episode
     "misread cards": -1.5,  # added when the cards were read wrongly off the picture (GP-VL)
 }
 GP_MESSAGES = {
@@ -289,26 +246,24 @@ GP_MESSAGES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the verifier found. `kind` is a key of GP_REWARDS, `reward` excludes "out of tries"."""
+    """What the verifier found in an answer to a hand."""
 
-    kind: str
-    reward: float
-    message: str                # one clause, without the frame that the environment puts around it
-    value: Fraction | None      # what the formula evaluates to; None if illegal
-    cards_right: bool           # the `cards` field equals the hand (order is free)
-    numbers_right: bool         # the `number` field equals the hand's values under the stated rule
+    kind: str                   # a key of GP_REWARDS
+    reward: float               # without "out of tries"
+    message: str                # one clause
+    value: Fraction | None      # of the formula; None if illegal
+    cards_right: bool           # `cards` is the hand, in any order
+    numbers_right: bool         # `number` is what the hand counts under the stated rule
 
     @property
     def correct(self):
-        """True if this answer ends the episode with success."""
+        """True if the answer earns the reward of "correct"."""
         return self.kind == "correct"
 
 
 def compare(used, numbers):
-    """How the numbers of a formula differ from those of the hand: (foreign, overused, missing).
-
-    Three sorted lists without repeats: used but not in the hand; in the hand, but used too often;
-    in the hand, but used too seldom.
+    """The numbers of a formula that are not in the hand, and those of the hand that are used too
+    often and too seldom: three sorted lists without repeats.
 
     >>> compare([8, 8, 8, 24], [8, 3, 8, 3])
     ([24], [8], [3])
@@ -348,16 +303,9 @@ def _judge_formula(formulas, answer_length, numbers, target):
 def verify_gp(text, cards, numbers, target=24, picture=False):
     """Judge one answer to a GeneralPoints hand (paper appendix A.3).
 
-    text: the model's whole answer. cards: the four card names, e.g. ["A", "10", "K", "3"].
-    numbers: what they count under the rule that was stated, e.g. [1, 10, 13, 3].
-    picture: the cards had to be read off a picture, so misreading them costs a further -1.5.
-    Returns a Verdict; raises nothing, whatever `text` is.
-
-        formula for cards 2 3 J 5, J = 11       kind            reward
-        (11-3)*(5-2)=24                         correct         +5
-        11+5+3+2=24                             wrong value     -1
-        (5-3)*(10+2)=24  (J taken for 10)       wrong numbers   -2
-        11++5                                   illegal         -3
+    text: the whole answer. cards: four card names, e.g. ["2", "3", "J", "5"]. numbers: what they
+    count under the stated rule, e.g. [2, 3, 11, 5]. picture: the cards had to be read off a
+    picture, so misreading them costs a further -1.5. Returns a Verdict and raises nothing.
     """
     fields = read_answer(text[:MAX_ANSWER])
     cards_right = Counter(c.upper() for c in fields["cards"]) == Counter(cards)
@@ -365,8 +313,7 @@ def verify_gp(text, cards, numbers, target=24, picture=False):
     kind, message, value = _judge_formula(fields["formula"], len(text), numbers, target)
     reward = GP_REWARDS[kind]
     if picture and not cards_right:
-        # A right formula over a misread hand stays "correct" and ends the episode at 5 - 1.5: the
-        # paper's episode ends with the equation, and its -1.5 is paid in addition, not instead.
+        # a right formula over a misread hand stays "correct" and ends the episode, at 5 - 1.5
         reward += GP_REWARDS["misread cards"]
         misread = GP_MESSAGES["misread"]
         message = misread if kind == "correct" else f"{misread}; {message}"
@@ -374,54 +321,37 @@ def verify_gp(text, cards, numbers, target=24, picture=False):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. A walk: the action, and what an answer claims to see
+# 4. The verdict on a walk: the action, and what an answer claims to see
 # ------------------------------------------------------------------------------------------------
 
-# "forward", "stop()"; or "turn_direction(slightly left)", whose word is group 2
-_ACTION = re.compile(r"(forward|stop) ?(?:\( ?\))?|turn_direction ?\(([^()]*)\)")
-# " is on your left" of "Mill Bank is on your left"
-_SIDE = re.compile(
-    r" (?:is|are) (?:on|to|at|in) (?:your|the) (front|ahead|right|back|behind|left)\b")
-# "intersection" of "you are at an intersection", and what makes a clause deny it
+_FORGIVEN = re.compile(r"""[-_"'`\s]""")
+_SIDE = re.compile(r" (?:is|are) (?:on|to|at|in) (?:your|the) (front|right|back|left)\b")
 _CROSSING = re.compile(r"\b(?:intersection|crossing|crossroads)\b")
 _NOT = re.compile(r"\b(?:no|not|never|without|neither|nor)\b|n't\b")
-# "you see the" of "you see the Mill Bank"
 _OPENING = re.compile(r"^(?:(?:you see|there is|there are|the|destination|a|an)(?:\s+|$))+")
 
 
 def read_action(text, words):
     """The action that a text names, as the action space writes it, or None.
 
-    words: the direction words that are legal under the rule in force. Capitals, quotes, spaces and
-    hyphens are forgiven; anything before or after the one action is not.
+    words: the legal direction words. Only capitals, quotes, spaces, hyphens and () are forgiven.
 
     >>> read_action("Turn_Direction('north-west')", ["north", "northwest"])
     'turn_direction(northwest)'
-    >>> read_action("turn_direction(left)", ["north", "northwest"]) is None
-    True
     """
-    if len(text) > MAX_ACTION:
-        return None
-    match = _ACTION.fullmatch(" ".join(re.sub("[\"'`]", "", text.lower()).split()))
-    if match is None:
-        return None
-    if match.group(1):
-        return match.group(1) + "()"
-    bare = {re.sub(r"[\s'_-]", "", word): word for word in words}     # 3 o'clock -> 3oclock
-    word = bare.get(re.sub(r"[\s_-]", "", match.group(2)))
-    return None if word is None else f"turn_direction({word})"
+    actions = ["forward()", "stop()", *(f"turn_direction({word})" for word in words)]
+    bare = {"forward": "forward()", "stop": "stop()"}
+    bare |= {_FORGIVEN.sub("", action): action for action in actions}
+    return bare.get(_FORGIVEN.sub("", text.lower()))
 
 
 def read_claims(observation):
     """What an observation says is there: (intersection?, {landmark: side}), all in lower case.
 
-    The same reading is applied to the claim and to the truth, so a word-for-word copy of the truth
-    is right by construction, whatever strange name a real place has.
+    Claim and truth are both read by it, so a copy of the truth is right, whatever the names are.
 
-    >>> read_claims("Mill Bank is on your left; you are at an intersection")
-    (True, {'mill bank': 'left'})
-    >>> read_claims("no landmark in sight, and I am not at an intersection.")
-    (False, {})
+    >>> read_claims("You see the Mill Bank is on your left; I am not at an intersection")
+    (False, {'mill bank': 'left'})
     """
     crossing, places = False, {}
     flat = " ".join(observation[:MAX_ANSWER].lower().split())
@@ -429,23 +359,17 @@ def read_claims(observation):
         side = _SIDE.search(clause)
         if side:
             name = _OPENING.sub("", clause[:side.start()].strip())
-            places[name] = {"ahead": "front", "behind": "back"}.get(side.group(1), side.group(1))
-            clause = clause[side.end():]    # what is left of it: a "Crossing Cafe" is no crossing
+            places[name] = side.group(1)
+            clause = clause[side.end():]    # a "Crossing Cafe" is no crossing
         if _CROSSING.search(clause) and not _NOT.search(clause):
             crossing = True
     return crossing, places
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. The verdict on a walk
-# ------------------------------------------------------------------------------------------------
-
-# The paper's table (appendix B.3). One answer has ONE kind, and the +1 is for the action alone, as
-# in the paper: the reward then counts the same thing as its metric, per-step accuracy. What an
-# answer claims to see decides only how a wrong action is paid, and is reported for every answer.
+# The paper's table (appendix B.3). The +1 is for the action alone, as is its per-step accuracy.
 VIRL_REWARDS = {
     "correct": 1.0,         # the expert's action at this position
-    "wrong action": -1.0,   # another action, the surroundings read right
+    "wrong action": -1.0,   # another one, or none that is legal; the surroundings read right
     "no action": -1.0,      # no action field, or several, or an answer too long to read
     "misread": -1.5,        # another action, and a landmark or the intersection was read wrongly
     "out of tries": -1.0,   # added to the last failed try at a position
@@ -467,50 +391,34 @@ VIRL_MESSAGES = {
 
 @dataclass(frozen=True)
 class WalkVerdict:
-    """What the verifier found on a walk. `kind` is a key of VIRL_REWARDS."""
+    """What the verifier found in an answer on a walk."""
 
-    kind: str
-    reward: float               # excludes "out of tries"
-    message: str                # one clause, without the frame that the environment puts around it
-    action: str | None          # the action as the action space writes it; None if it is not legal
-    landmarks_right: bool       # the claimed landmarks and their sides are those that are there
-    intersection_right: bool    # an intersection is claimed exactly where there is one
-
-    @property
-    def correct(self):
-        """True if the answer names the expert's action: the walk goes on to the next position."""
-        return self.kind == "correct"
+    kind: str                   # a key of VIRL_REWARDS
+    reward: float               # without "out of tries"
+    message: str                # one or more clauses
+    action: str | None          # as the action space writes it; None if it is not legal
+    landmarks_right: bool       # those claimed, with their sides, are those that are there
+    intersection_right: bool    # claimed exactly where there is one
+    correct = Verdict.correct
 
 
 def _misreadings(crossing, places, crossing_there, there):
     """Keys of VIRL_MESSAGES: how the claims of an answer differ from what is there."""
-    found = []
-    if crossing and not crossing_there:
-        found.append("false intersection")
-    if crossing_there and not crossing:
-        found.append("missed intersection")
-    if places.keys() - there.keys():
-        found.append("false landmark")
-    if there.keys() - places.keys():
-        found.append("missed landmark")
-    if any(places[name] != there[name] for name in places.keys() & there.keys()):
-        found.append("wrong side")
-    return found
+    differs = {
+        "false intersection": crossing and not crossing_there,
+        "missed intersection": crossing_there and not crossing,
+        "false landmark": places.keys() - there.keys(),
+        "missed landmark": there.keys() - places.keys(),
+        "wrong side": any(places[name] != there[name] for name in places.keys() & there.keys()),
+    }
+    return [key for key, found in differs.items() if found]
 
 
 def verify_virl(text, action, observation, words):
     """Judge one answer at one position of a walk (paper appendix B.3).
 
-    text: the model's whole answer. action: the expert's action, e.g. "turn_direction(north)".
-    observation: what is there, in the words of the walk. words: the legal direction words.
-    Returns a WalkVerdict; raises nothing, whatever `text` is.
-
-        expert turn_direction(north), at Mill Bank, at an intersection    kind            reward
-        turn_direction(north), whatever it claims to see                  correct         +1
-        forward(), sees Mill Bank and the intersection                    wrong action    -1
-        forward(), sees no intersection                                   misread         -1.5
-        turn_direction(left) where only compass words are legal           as a wrong action
-        says nothing, or names two actions                                no action       -1
+    text: the whole answer. action: the expert's, e.g. "turn_direction(north)". observation: what
+    is there. words: the legal direction words. Returns a WalkVerdict and raises nothing.
     """
     fields = read_walk(text[:MAX_ANSWER])
     crossing, places = read_claims(" ".join(fields["current observation"]))
@@ -522,12 +430,11 @@ def verify_virl(text, action, observation, words):
         parts = ["two actions" if fields["action"] else "no action"]
     else:
         named = read_action(fields["action"][0], words)
-        if named == action:
-            kind, parts = "correct", ["correct"]
-        else:
-            parts = _misreadings(crossing, places, crossing_there, there)
-            kind = "misread" if parts else "wrong action"
-            parts.append("wrong action" if named else "unknown action")
+        parts = _misreadings(crossing, places, crossing_there, there)
+        kind = "misread" if parts else "wrong action"
+        parts.append("wrong action" if named else "unknown action")
+    if named == action:
+        kind, parts = "correct", ["correct"]
     message = "; ".join(VIRL_MESSAGES[part] for part in parts)
     return WalkVerdict(kind, VIRL_REWARDS[kind], message, named, places == there,
                        crossing == crossing_there)

@@ -8,30 +8,26 @@ Paper: arXiv 2501.17161, section 4.2 and appendix B. The knob that the whole pro
 
 Each step names BOTH words ("turn left, to face northwest"), and the prompt lists the legal ones. A
 model that READS the list transfers; one that has memorised "copy the compass word" fails. Neither
-SFT nor RL ever sees a relative word as an answer. The small backbone has: its corpus answers in
-four vocabularies, as a large model has read all kinds of directions.
+SFT nor RL ever sees a relative word as an answer; the small backbone has, in one of the four
+vocabularies of its corpus.
 
-How it works; the same numbers stand over the parts of this file:
   1. the words of the prompt
   2. the walk: a route, the rail of positions along it (start, points on the way, crossings, end),
      the written steps, the prompt, the expert's action and answer
   3. the environment. step(answer) asks verifier.py. A wrong action is never carried out: the
-     message comes back. A right one moves on along the rail, and a FRESH conversation begins
-     there. The walk ends at stop() (terminated), or when a position has used up its `tries`
-     (truncated). And what SFT learns from: the expert's conversations
+     message comes back. A right one moves on along the rail, and a FRESH conversation begins there.
+     And the expert's conversations, from which SFT learns
   4. street views: a panorama is cropped to front, right / back, left
   5. routes are read in the format of the paper's released data, from a folder or from a city of
      cities/generate.py, which needs no download
   6. a walk in the terminal
 
-Symbols: north is 0 degrees, east 90. N points of a route after its start, W x H pixels.
+North is 0 degrees, east 90. A route has N points after its start. For words read parts 1 to 3.
 
     python virl_env.py                            walk in the terminal, verifier messages included
     python virl_env.py --rule relative --city Brim --seed 3
     python virl_env.py --picture runs/look        a map and the street views of the walk as PNG
     python virl_env.py --routes nyc_1k_routes     the paper's data, after you have downloaded it
-
-For the task in words parts 1 to 3 are enough.
 
 Read before: verifier.py, gp_env.py. Read next: sft.py.
 """
@@ -106,7 +102,6 @@ class Route:
     words: tuple            # (N,) the compass word that the data gives for it
     landmarks: tuple        # what is to be seen at each point; NOTHING at the start
     between: tuple          # (N,) panorama ids of the points that the rail may visit on each leg
-    places: tuple           # (name, coordinates) of the landmarks, for the map only
 
 
 @dataclass(frozen=True)
@@ -155,10 +150,10 @@ def bend(heading, target):
 
 
 def relative_word(heading, target, paper_bearings=False):
-    """How to turn from one heading to another, in the four words of the relative rule.
+    """How to turn from one heading to another, in words of the relative rule.
 
-    Up to 45 degrees is slight. paper_bearings: the released code's arithmetic, which does not wrap
-    at 360 degrees; it names a wrong side for a quarter of all pairs of headings.
+    paper_bearings: as in the released code, which does not wrap at 360 degrees and so names a wrong
+    side for a quarter of all pairs of headings.
 
     >>> relative_word(350, 10), relative_word(350, 10, paper_bearings=True)
     ('slightly right', 'left')
@@ -195,9 +190,8 @@ def write_prompt(steps, space, past, position, picture, announce=True):
     """The first user turn at a position.
 
     steps: from write_steps. space: from write_space. past: [(observation, action)] of the positions
-    before; as in the paper it tells what really was there and what the expert did. picture: True if
-    the present is to be seen in a picture. Then it is not told; the intersection is, as in the
-    paper, unless `announce` is False.
+    before: what really was there and what the expert did, as in the paper. picture: the present is
+    in a picture and not told, but for the intersection (as in the paper; announce=False: nothing).
     """
     seen = position.observation
     if picture:
@@ -242,40 +236,34 @@ class Navigation:
     >>> reward, observation["new_conversation"], info["kind"]
     (1.0, True, 'first turn')
 
-    where: a generated city, a folder in the released format, or an Atlas (part 5). rule: a key of
-    RULES. split: "train", "val", "test" or "all". picture: (width, height) of the 2 x 2 picture, or
-    None for text. go_on: what follows the last failed try at a position. False, as in the paper:
-    the walk ends, so a model that fails at its first turn never gets to try anything else. True:
-    the expert's action is taken and the walk goes on to its destination.
-    scoring_rule: the `fake` probe, as in gp_env.py: the prompt states `rule`, this one is scored.
-    announce: with pictures, tell when the walker stands at an intersection, as the paper does; many
-    walks can then be made with closed eyes, for all else is written in the steps.
-    fresh: a failed try leaves no trace. No message follows it; the position's first prompt, with
-    its picture, begins a new conversation.
-    Raises RouteProblem for data that cannot be used.
-
     An observation is a dict: "text", the next user turn; "image", a PIL image or None;
     "new_conversation", True if everything said before is to be forgotten.
+
+    where: a generated city, a folder in the released format, or an Atlas (part 5). rule: a key of
+    RULES. split: "train", "val", "test" or "all". picture: (width, height) of the 2 x 2 picture, or
+    None for text. announce: see write_prompt; without it fewer walks can be made with closed eyes.
+    go_on: after the last failed try at a position the expert's action is taken and the walk goes
+    on. False: it ends, as in the paper, at the first turn if a model fails there.
+    scoring_rule, fresh: as in gp_env.py. drop: share of the points along the way that are left out.
+    Raises RouteProblem for data that cannot be used.
     """
 
     def __init__(self, where="Alder", rule="absolute", split="train", picture=None, tries=TRIES,
                  go_on=False, scoring_rule=None, paper_bearings=False, drop=DROP, announce=True,
                  fresh=False):
-        self.atlas = where if isinstance(where, Atlas) else open_atlas(where, picture is not None)
+        self.atlas = where if isinstance(where, Atlas) else open_atlas(where, bool(picture))
         self.vocabulary, self.scored = RULES[rule], RULES[scoring_rule or rule]
         self.picture, self.tries, self.go_on = picture, tries, go_on
         self.paper_bearings, self.drop = paper_bearings, drop
         self.announce, self.fresh = announce, fresh
         self.numbers = split_routes(len(self.atlas), split)
-        self.rail = None
 
     def reset(self, seed=None, route=None, position=0):
         """Start a walk. Returns (observation, info).
 
-        seed: the number of the walk, an int or a list of ints; None: a new one each time. It draws
-        the route (unless `route` gives its number), the heading, and the rail.
-        position: start there, with the expert's walk so far in the prompt; a float in [0, 1) is a
-        share of the rail.
+        seed: the number of the walk; None: any. It draws the route (unless `route` gives its
+        number), the heading, and the rail. position: start there, with the expert's walk so far in
+        the prompt; a float in [0, 1) is a share of the rail.
         """
         rng = np.random.default_rng(seed)
         drawn = self.numbers[rng.integers(len(self.numbers))]
@@ -296,7 +284,7 @@ class Navigation:
         return self.rail[self.at]
 
     def expert_action(self, vocabulary=None):
-        """The action to take at this position, under the stated rule or in another vocabulary."""
+        """The action to take here, under the stated rule or in another vocabulary."""
         return right_action(self.route, self.position, vocabulary or self.vocabulary,
                             self.paper_bearings)
 
@@ -308,14 +296,10 @@ class Navigation:
     def step(self, text):
         """Judge one answer. Returns (observation, reward, terminated, truncated, info).
 
-        terminated: stop() was done right (or, with go_on, the walk is over). truncated: the tries
-        at this position are used up; the walk could have gone on, but not for this agent.
+        terminated: the walk is over. truncated: the tries at this position are used up.
         info describes the position that was judged: "kind", "try" (from 1), "correct", "verdict",
         "route", "position" (from 0), "success" (no position was missed up to here, this included).
-        Raises RuntimeError before the first reset.
         """
-        if self.rail is None:
-            raise RuntimeError("call reset() before step()")
         verdict = verify_virl(text, self.expert_action(self.scored), self.position.observation,
                               VOCABULARIES[self.scored])
         reward = verdict.reward
@@ -350,7 +334,7 @@ class Navigation:
 
     def _arrive(self):
         text = write_prompt(self.steps, write_space(self.vocabulary), self.past, self.position,
-                            self.picture is not None, self.announce)
+                            bool(self.picture), self.announce)
         return {"text": text, "image": self.look(self.position), "new_conversation": True}
 
     def look(self, position):
@@ -361,13 +345,9 @@ class Navigation:
 
 
 def expert_conversation(rng, revise=0.0, **how):
-    """One expert example: a random position of a random walk. how: arguments of Navigation.
+    """One expert example: a random position of a random walk, as turns like those of gp_env.py.
 
-    A conversation is a list of {"role", "content", "learn"}; the loss falls on turns with
-    learn=True. With pictures the first turn also has "image". Conversations begin afresh at each
-    position, so an example is one turn, as in the paper's data.
-    revise: with this probability a wrong try and the verifier's message stand before the expert's
-    answer, as in the paper's Fig. 15; nobody should learn mistakes, so learn=False there.
+    revise: how likely a wrong try and its message come first (Fig. 15). how: as in Navigation.
     """
     env = Navigation(**how)
     observation, _ = env.reset(int(rng.integers(2 ** 62)), position=float(rng.random()))
@@ -386,11 +366,8 @@ def message(role, content, learn=False, image=None):
 
 
 def wrong_try(rng, env):
-    """A wrong answer at env's position and what the verifier says to it: two turns, not learnt.
-
-    The action is another legal one. In three of ten cases the observation, too, is drawn anew, from
-    the whole rail.
-    """
+    """Another legal action at env's position, three in ten with an observation from anywhere on the
+    rail, and what the verifier says to it: two turns, not learnt."""
     here, words = env.position, VOCABULARIES[env.vocabulary]
     legal = ["forward()", "stop()", *(f"turn_direction({word})" for word in words)]
     legal.remove(env.expert_action())
@@ -413,10 +390,9 @@ SIDES = (("front", 0), ("right", 90), ("back", 180), ("left", 270))     # readin
 def view(pixels, rotation, heading, width, height, fov=90):
     """What a walker sees who faces `heading`: a perspective crop of a panorama.
 
-    pixels (H, W, 3) uint8, 360 x 180 degrees; rotation as in the metadata. width, height: of the
-    view, with square pixels; fov: horizontal field of view, degrees.
-    Returns (height, width, 3) uint8. Where the panorama is finer than the view, a pixel is the mean
-    of finer x finer rays.
+    pixels (H, W, 3) uint8, 360 x 180 degrees; rotation as in the metadata; fov: horizontal field of
+    view, degrees. Returns (height, width, 3) uint8. Where the panorama is finer than the view, a
+    pixel is the mean of finer x finer rays.
     """
     finer = max(1, min(4, round(pixels.shape[1] * fov / 360 / width)))
     wide, high = width * finer, height * finer
@@ -442,10 +418,7 @@ def view(pixels, rotation, heading, width, height, fov=90):
 
 
 def four_views(pixels, rotation, heading, size):
-    """The picture of V-IRL-VL: front, right / back, left. size: (width, height), both even.
-
-    Returns a PIL image. The paper's is about 2400 x 2400; the small backbone sees 128 x 64.
-    """
+    """The picture of V-IRL-VL, a PIL image: front, right / back, left. size: (width, height)."""
     width, height = size[0] // 2, size[1] // 2
     front, right, back, left = (view(pixels, rotation, heading + turn, width, height)
                                 for _, turn in SIDES)
@@ -458,15 +431,14 @@ def _known_views(atlas, panorama, heading, size):
 
 
 def look_around(atlas, panorama, heading, size):
-    """`four_views` of a panorama, given by its id, of an Atlas. Small ones are kept in memory."""
+    """`four_views` of a panorama of an Atlas, given by its id. Small ones are kept in memory."""
     if size[0] * size[1] <= 2 ** 14:
         return _known_views(atlas, panorama, heading, size)
     return four_views(*atlas.panorama(panorama), heading, size)
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Routes in the released format. `load` is a function from a file's name to its bytes: a folder's
-# (`folder_files`) or a generated city's (`city_files`). The rest of this part knows only that.
+# 5. Routes in the released format
 #
 #   route_infos.json              [[route, ...], int]
 #   gps_pano_mapping.pkl          {(latitude, longitude): panorama id}
@@ -476,7 +448,7 @@ def look_around(atlas, panorama, heading, size):
 # Of a route we use: start_place.relocated_geocode, init_heading (0: random at each reset),
 # route_results.geocode_list (the N points after the start; the last is the destination), and
 # milestone_info, one text with N blocks: block i has the heading from point i to point i+1 and the
-# landmarks at point i+1. landmark_list and dest_place name the landmarks for the map.
+# landmarks at point i+1.
 # ------------------------------------------------------------------------------------------------
 
 INFOS, MAPPING = "route_infos.json", "gps_pano_mapping.pkl"
@@ -489,11 +461,6 @@ REACH = 20.0            # metres from a coordinate to the panorama that may stan
 class RouteProblem(ValueError):
     """Data that cannot be used. Its one line of text names the file, and the route where known."""
 
-    def __init__(self, file, what, route=None):
-        self.file, self.what = file, what
-        where = file if route is None else f"{file}, route {route}"
-        super().__init__(" ".join(f"{where}: {what}".split()))
-
 
 class _PlainUnpickler(pickle.Unpickler):
     """Reads dicts, tuples, floats and strings. A pickle that names a class or function is refused:
@@ -505,24 +472,21 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def folder_files(folder):
-    """The `load` function of a folder: load(name, limit) gives the first `limit` bytes or all.
-
-    It raises RouteProblem for a file that cannot be read.
-    """
+    """The `load` function of a folder: load(name, limit) gives the first `limit` bytes or all."""
     def load(name, limit=-1):
-        """The bytes of a file of the folder, `limit` at most."""
+        """The bytes of a file. Raises RouteProblem."""
         try:
             with open(pathlib.Path(folder) / name, "rb") as stream:
                 return stream.read(limit)
         except OSError as error:
-            raise RouteProblem(f"{folder}/{name}", error.strerror or "cannot be read") from None
+            raise RouteProblem(f"{folder}/{name}: {error.strerror}") from None
     return load
 
 
 def metres(a, b):
     """Distance of coordinates (latitude, longitude). a: two floats; b: (..., 2) -> (...).
 
-    The city is flat: one degree of latitude is 111,320 m, of longitude cos(latitude) as much.
+    One degree of latitude is 111,320 m, of longitude cos(latitude) as much.
     """
     north, east = np.moveaxis(np.asarray(b, dtype=np.float64) - np.asarray(a), -1, 0)
     return 111_320 * np.hypot(north, east * math.cos(math.radians(a[0])))
@@ -546,57 +510,47 @@ def parse_milestones(text):
 class Atlas:
     """All routes of one place.
 
-    load: function from file name to bytes. where: what to call it in messages. pictures: check
-    that every panorama a rail can visit is there (text tasks do not need them).
-    Raises RouteProblem.
+    load: function from a file's name to its bytes, a folder's (`folder_files`) or a generated
+    city's (`city_files`). where: what to call it in messages. pictures: check that every panorama
+    is there that a rail can visit, before a night of training. Raises RouteProblem.
     """
 
     def __init__(self, load, where, pictures=False):
         self.load, self.where = load, where
         self.coordinates, self.ids = self._read_mapping()
-        infos = load(INFOS)
+        infos, self.routes = load(INFOS), []
         try:
             routes, _ = json.loads(infos)
-        except (ValueError, TypeError) as error:
-            raise RouteProblem(f"{where}/{INFOS}",
-                               f"it must be JSON, [[route, ...], number] ({error})") from None
-        self.routes = [self._read_route(i, raw) for i, raw in enumerate(routes)]
-        # each panorama that a rail can visit: a route that does
-        self.visited = {panorama: route.index for route in reversed(self.routes)
+            for raw in routes:
+                self.routes.append(self._read_route(raw))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RouteProblem(f"{where}/{INFOS}, route {len(self)}: {error!r}") from None
+        self.visited = {panorama for route in self.routes
                         for panorama in route.panoramas + sum(route.between, ())}
-        if pictures:        # now, rather than in the middle of a night of training
-            for panorama in self.visited:
+        if pictures:
+            for panorama in sorted(self.visited):
                 self._street_view(panorama, 2)
 
     def __len__(self):
         return len(self.routes)
 
     def route(self, index):
-        """Route number `index`. Raises RouteProblem if there is none."""
-        if not 0 <= index < len(self.routes):
-            raise RouteProblem(f"{self.where}/{INFOS}",
-                               f"out of range, there are routes 0 to {len(self) - 1}", index)
+        """Route number `index`."""
         return self.routes[index]
 
     def panorama(self, panorama):
         """(pixels (H, W, 3) uint8, rotation in degrees) of a panorama id. Raises RouteProblem."""
         data, rotation = self._street_view(panorama)
-        try:
-            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), rotation
-        except OSError as error:
-            raise RouteProblem(f"{self.where}/street_views/{panorama}.jpg",
-                               f"not a picture ({error})", self.visited.get(panorama)) from None
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), rotation
 
     def _street_view(self, panorama, limit=-1):
         """(the first `limit` bytes of the picture, or all; rotation) of a panorama."""
-        file, route = f"street_views/{panorama}.metadata.json", self.visited.get(panorama)
+        file = f"street_views/{panorama}.metadata.json"
         try:
-            rotation = float(json.loads(self.load(file))["rotation"])
-            return self.load(f"street_views/{panorama}.jpg", limit), rotation
-        except RouteProblem as error:
-            raise RouteProblem(error.file, error.what, route) from None
-        except (ValueError, KeyError, TypeError):
-            raise RouteProblem(f"{self.where}/{file}", "it gives no rotation", route) from None
+            rotation = json.loads(self.load(file))["rotation"]
+        except KeyError:
+            raise RouteProblem(f"{self.where}/{file}: no rotation") from None
+        return self.load(f"street_views/{panorama}.jpg", limit), rotation
 
     def _read_mapping(self):
         """Coordinates (P, 2) of all panoramas, from south to north, and their P ids."""
@@ -604,56 +558,38 @@ class Atlas:
         try:
             mapping = _PlainUnpickler(io.BytesIO(data)).load()
         except Exception as error:      # a damaged pickle can raise nearly anything
-            raise RouteProblem(file, f"refused: {error}") from None
+            raise RouteProblem(f"{file}: {error!r}") from None
         for panorama in mapping.values():
             # The id becomes part of a file's name: it must not lead out of the folder.
             if not re.fullmatch(r"[\w:=-][\w.:=-]{0,99}", panorama):
-                raise RouteProblem(file, f"{panorama[:60]!r} is not a panorama id")
+                raise RouteProblem(f"{file}: {panorama[:60]!r} is not a panorama id")
         keys = sorted(mapping)
         return np.array(keys), [mapping[key] for key in keys]
 
-    def _read_route(self, index, raw):
-        """One route of the JSON file, snapped to panoramas. Returns a Route."""
-        def problem(what):
-            """A RouteProblem that names this route."""
-            return RouteProblem(f"{self.where}/{INFOS}", what, index)
-
-        try:
-            results = raw["route_results"]
-            points = [raw["start_place"]["relocated_geocode"], *results["geocode_list"]]
-            points = [(float(latitude), float(longitude)) for latitude, longitude in points]
-            blocks = parse_milestones(raw["milestone_info"])
-            heading = int(raw.get("init_heading", 0)) % 360
-            places = [place for place in [*results.get("landmark_list", []), raw.get("dest_place")]
-                      if place and "geocode" in place]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            kind = "missing field" if isinstance(error, KeyError) else "wrong type:"
-            raise problem(f"{kind} {error}") from None
-        if not blocks or len(blocks) != len(points) - 1:
-            raise problem(f"milestone_info has {len(blocks)} blocks for {len(points) - 1} points")
+    def _read_route(self, raw):
+        """The next route of the JSON file, snapped to panoramas."""
+        points = [raw["start_place"]["relocated_geocode"], *raw["route_results"]["geocode_list"]]
         headings, words, landmarks = [], [], [NOTHING]
-        for block in blocks:
+        for block in parse_milestones(raw["milestone_info"]):
             given = block.get("to_next_intersection_heading", "")
-            match = re.fullmatch(r"(-?\d{1,4})(?:\.\d+)? *\((\w+)\)", given)
-            if not match:
-                raise problem(f"cannot read the heading {given[:40]!r}, expected '298 (northwest)'")
-            if match.group(2) not in COMPASS:
-                raise problem(f"unknown heading word {match.group(2)[:40]!r}")
+            match = re.fullmatch(r"(-?\d+)(?:\.\d+)? *\((\w+)\)", given)
+            if not match or match.group(2) not in COMPASS:
+                raise ValueError(f"the heading is {given[:40]!r}, not like '298 (northwest)'")
             headings.append(int(match.group(1)) % 360)
             words.append(match.group(2))
             seen = " ".join(block.get("landmarks", "").split()).rstrip(".")
             seen = seen.replace('"', "'").replace("\\", "/")    # JSON answers need no escapes
             nothing = not seen or seen.lower().startswith("no landmark")
             landmarks.append(NOTHING if nothing else seen)
+        if len(headings) != len(points) - 1 or not headings:
+            raise ValueError(f"{len(headings)} milestones for {len(points) - 1} points")
         spots = [self._nearest(point) for point in points]
         if None in spots:
-            point = points[spots.index(None)]
-            raise problem(f"no panorama within {REACH:.0f} m of {point} in {MAPPING}")
+            raise ValueError(f"no panorama within {REACH:.0f} m of {points[spots.index(None)]}")
         points = [tuple(self.coordinates[i].tolist()) for i in spots]
-        return Route(index, heading, tuple(points), tuple(self.ids[i] for i in spots),
-                     tuple(headings), tuple(words), tuple(landmarks),
-                     tuple(map(self._between, points, points[1:])),
-                     tuple((str(place.get("name")), tuple(place["geocode"])) for place in places))
+        return Route(len(self.routes), int(raw.get("init_heading", 0)) % 360, tuple(points),
+                     tuple(self.ids[i] for i in spots), tuple(headings), tuple(words),
+                     tuple(landmarks), tuple(map(self._between, points, points[1:])))
 
     def _nearest(self, point):
         """Index of the panorama that is nearest to a coordinate, None if none is within REACH."""
@@ -684,14 +620,11 @@ class Atlas:
 
 @functools.lru_cache(maxsize=64)
 def open_atlas(where, pictures=False):
-    """The Atlas of a generated city (its name), or of a folder in the released format (its path).
-
-    pictures: check that all street views of a folder are there. Raises RouteProblem.
-    """
+    """The Atlas of a generated city (its name) or of a folder in the released format (its path)."""
     if look_of(where):
         return Atlas(city_files(where), where)
     if not pathlib.Path(where).is_dir():
-        raise RouteProblem(where, f"neither a folder nor a city ({', '.join(CITIES)}, wild-N)")
+        raise RouteProblem(f"{where}: neither a folder nor a city ({', '.join(CITIES)}, wild-N)")
     return Atlas(folder_files(where), str(where), pictures)
 
 
@@ -699,17 +632,16 @@ def open_atlas(where, pictures=False):
 def split_routes(count, split):
     """Numbers of the routes in a split: 70 % train, 10 % val, 20 % test, by a fixed seed.
 
-    "all" is the paper's setting: no route is held out. What is held out are routes, not streets: a
-    test route goes along streets that training knows, in an order that it does not. Streets that
-    nobody has seen are those of the other cities. Raises RouteProblem if a split would be empty.
+    Held out are routes, not streets: a test route goes along streets that training knows, in an
+    order that it does not. Raises RouteProblem if a split would be empty.
     """
     order = np.random.default_rng(24).permutation(count).tolist()
     test, val = count // 5, count // 10
     found = {"test": order[:test], "val": order[test:test + val], "train": order[test + val:],
              "all": range(count)}[split]
     if not found:
-        raise RouteProblem(INFOS, f"{count} routes are too few to hold some out: use 10 or more "
-                                  "(virl_env.py: or --split all; evaluate.py: or --splits all)")
+        raise RouteProblem(f"{count} routes are too few to hold some out: use 10 or more, "
+                           "or --split all (evaluate.py: --splits all)")
     return sorted(found)
 
 
@@ -720,27 +652,38 @@ def split_routes(count, split):
 
 def save_pictures(env, folder):
     """Write the map of env's route and the four views of each position as PNG files."""
-    folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    draw_map(env.atlas.coordinates, env.route.points, env.route.places).save(folder / "map.png")
+    signs = list(zip(env.route.landmarks, env.route.points))[1:]
+    draw_map(env.atlas.coordinates, env.route.points, signs).save(folder / "map.png")
     for i, position in enumerate(env.rail, 1):
-        pixels, rotation = env.atlas.panorama(position.panorama)
-        four_views(pixels, rotation, position.heading, (1200, 1200)).save(
-            folder / f"view-{i:02d}-{position.kind.replace(' ', '-')}.png")
-    Image.fromarray(pixels).save(folder / "panorama-of-the-end.png")
-    print(f"{folder}: map.png and {len(env.rail)} views of route {env.route.index}")
+        picture = look_around(env.atlas, position.panorama, position.heading, (1200, 1200))
+        picture.save(folder / f"view-{i:02d}-{position.kind.replace(' ', '-')}.png")
 
 
-def walk(env, seed, route):
-    """Play one walk with a person."""
-    observation, _ = env.reset(seed, route)
+def main():
+    """A walk for a person."""
+    parser = argparse.ArgumentParser(description="Walk a route of V-IRL in the terminal.")
+    parser.add_argument("--city", default="Alder", metavar="NAME",
+                        help=f"a generated city: {', '.join(CITIES)} or wild-N (default Alder)")
+    parser.add_argument("--routes", metavar="FOLDER", help="routes in the paper's released format")
+    parser.add_argument("--rule", choices=RULES, default="absolute", help="words of turn_direction")
+    parser.add_argument("--seed", type=int, default=0, help="which walk (default 0)")
+    parser.add_argument("--picture", metavar="FOLDER", help="write a map and street views (PNG)")
+    args = parser.parse_args()
+    where = args.routes or args.city
+    try:
+        if args.picture and look_of(where):     # people get sharper pictures than models
+            where = Atlas(city_files(where, 2048), where)
+        env = Navigation(where, args.rule, "all")
+    except RouteProblem as problem:
+        parser.error(str(problem))
+    observation, _ = env.reset(args.seed)
+    if args.picture:
+        save_pictures(env, pathlib.Path(args.picture))
     print(observation["text"] + "\n(Type the action, or a whole answer; an empty line gives up.)")
     terminated = truncated = False
     while not (terminated or truncated):
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            text = ""
+        text = sys.stdin.readline().strip()
         if not text:
             print("The action here is", env.expert_action())
             return
@@ -751,44 +694,7 @@ def walk(env, seed, route):
         if observation["new_conversation"]:     # not the whole prompt again
             said = f"{env.past[-1][1]}. Now: {env.position.observation}"
         print(f"[{reward:+.1f}] {said}")
-    if truncated:
-        print("You are out of tries.")
-
-
-def main():
-    """A walk for a person. Returns the exit code: 0 fine, 2 bad data."""
-    parser = argparse.ArgumentParser(description="Walk a route of V-IRL in the terminal.")
-    parser.add_argument("--city", default="Alder", metavar="NAME",
-                        help=f"a generated city: {', '.join(CITIES)} or wild-N (default Alder)")
-    parser.add_argument("--routes", metavar="FOLDER", help="routes in the paper's released format")
-    parser.add_argument("--split", choices=("train", "val", "test", "all"), default="all",
-                        help="which routes to draw from (default all, as in the paper)")
-    parser.add_argument("--route", type=int, metavar="N", help="this route instead of a drawn one")
-    parser.add_argument("--seed", type=int, default=0, help="which walk (default 0)")
-    parser.add_argument("--rule", choices=RULES, default="absolute", help="words of turn_direction")
-    parser.add_argument("--tries", type=int, default=TRIES, help="answers a position (paper: 2)")
-    parser.add_argument("--paper-bearings", action=argparse.BooleanOptionalAction, default=False,
-                        help="the released code's relative words, which do not wrap at 360 degrees")
-    parser.add_argument("--picture", metavar="FOLDER",
-                        help="write a map and the street views (PNG)")
-    args = parser.parse_args()
-    if args.seed < 0 or args.tries < 1:
-        parser.error("--seed must be 0 or more, --tries 1 or more")
-    where = args.routes or args.city
-    try:
-        if args.picture and look_of(where):     # people get sharper pictures than models
-            where = Atlas(city_files(where, 2048), where)
-        env = Navigation(where, args.rule, args.split, tries=args.tries,
-                         paper_bearings=args.paper_bearings)
-        if args.picture:
-            env.reset(args.seed, args.route)
-            save_pictures(env, args.picture)
-        walk(env, args.seed, args.route)
-        return 0
-    except (RouteProblem, OSError) as problem:
-        print(f"virl_env.py: {problem}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
