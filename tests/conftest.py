@@ -18,7 +18,7 @@ def tiny():
 
 
 def tiny_backbone(corpus):
-    """The model of `tiny`, with the tokenizer of a corpus: backbones/gp_corpus.py or virl_corpus.py.
+    """The model of `tiny`, with the tokenizer of a corpus (backbones/gp_corpus.py, say).
 
     A new model is nearly uniform and hardly attends to anything, which would hide a wrong position
     or a label one token off. So its matrices are made 8 times larger: every token matters.

@@ -655,8 +655,8 @@ def test_a_run_is_measured_in_one_way(model, tmp_path, monkeypatch, capsys, args
         assert list(row["cells"]) == ["held-out/id", "held-out/fake"]
 
 
-@pytest.mark.xfail(strict=True, reason="evaluate.py --run plays an RL run and writes its eval.jsonl "
-                   "with SFT's count of compute")
+@pytest.mark.xfail(strict=True, reason="--run plays a run of RL, too, and counts its compute as "
+                   "that of SFT")
 def test_a_run_of_rl_is_not_measured_as_one_of_sft(model, tmp_path, monkeypatch, capsys):
     """Catches the figure's compute counted by the formula of the other stage."""
     os.symlink(model, tmp_path / "step-000001")
