@@ -738,7 +738,6 @@ KILLS = {"in the first evaluation": (rl, "evaluate", 1, False),
          "in the update": (rl, "ppo_update", 2, False),
          "before the metrics are written": (sft.Metrics, "write", 3, False),
          "in a later evaluation": (rl, "evaluate", 2, False),
-         "after a later evaluation": (sft.Metrics, "write", 4, True),
          "in the middle of a checkpoint": (torch, "save", 2, False),
          "just after a checkpoint": (rl, "save_checkpoint", 2, True),
          "in the last evaluation": (rl, "evaluate", 3, False)}

@@ -339,15 +339,17 @@ def test_every_script_walks(at_work, monkeypatch, capsys, task):
         (at_work / "run").mkdir()
         (at_work / "run" / "args.json").write_text('{"task": "virl-l", "routes": "town"}')
         os.symlink(at_work / "model", at_work / "run" / "step-000002")
+    cells = ["id", "ood", "visual", "both", "fake"] if task == "virl-l" else ["id", "both"]
     code, out, error = shown(
-        monkeypatch, capsys, evaluate, *flags[:2], "--model", "run/step-000002", *flags[4:],
-        "--splits", "test", "--hands", 2, "--show", 1, "--max-new-tokens", 4, "--out", "found.json")
+        monkeypatch, capsys, evaluate, *flags[:2], "--model", "run/step-000002", *flags[4:-1],
+        *(["--ood"] if task == "virl-l" else ["--cells", *cells]), "--splits", "test", "--hands", 2,
+        "--show", 1, "--max-new-tokens", 4, "--out", "found.json")
     assert code == 0, error
     assert "first turn" in out and "rail goes on" in out
     assert "] Not right: there is no action field" in out and "] Correct." in out
-    found = json.loads((at_work / "found.json").read_text())
-    assert list(found) == ["held-out/id", "held-out/ood", "all/visual", "all/both",
-                           "held-out/fake"]
+    places = ["all" if cell in ("visual", "both") else "held-out" for cell in cells]
+    assert list(json.loads((at_work / "found.json").read_text())) == [
+        f"{place}/{cell}" for place, cell in zip(places, cells)]
     pictures = sorted((at_work / "runs" / "shown").glob("held-out-id-*.png"))
     assert bool(pictures) == (task == "virl-vl")
     code, error = command(monkeypatch, capsys, evaluate, *flags[:2], *flags[4:], "--run", "run",
@@ -405,8 +407,8 @@ def test_bad_flags_and_routes_end_in_one_line(at_work, monkeypatch, capsys, scri
     assert_one_line(code, error, f"{script.__name__}.py: ", *words)
 
 
-@pytest.mark.xfail(strict=True, reason="content_digest knows the name of a folder of routes, not what "
-                   "is in it")
+@pytest.mark.xfail(strict=True, reason="content_digest knows the name of a folder of routes, not "
+                   "what is in it")
 def test_a_start_is_known_by_its_routes(at_work):
     """Catches "made by an earlier run" after the routes of a folder were replaced."""
     flags = FLAGS[:6]
