@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 @pytest.fixture
 def tiny():
     """A Backbone of random weights, fresh for each test: 4 layers of width 32."""
-    import gp_env
-    return tiny_backbone(gp_env)
+    from backbones import gp_corpus
+    return tiny_backbone(gp_corpus)
 
 
-def tiny_backbone(environment):
-    """The model of `tiny`, with the tokenizer of an environment.
+def tiny_backbone(corpus):
+    """The model of `tiny`, with the tokenizer of a module of backbones/.
 
     A new model is nearly uniform and hardly attends to anything, which would hide a wrong position
     or a label one token off. So its matrices are made 8 times larger: every token matters.
@@ -26,9 +26,10 @@ def tiny_backbone(environment):
     import torch
 
     import sft
+    from backbones import build
     torch.set_num_threads(1)            # two threads are slower than one at this size
-    tokenizer = sft.build_tokenizer(environment.phrases())
-    model = sft.build_model(tokenizer, 0, width=32, layers=4, crossing=(1,), heads=2, inner=64)
+    tokenizer = build.build_tokenizer(corpus.phrases())
+    model = build.build_model(tokenizer, 0, width=32, layers=4, crossing=(1,), heads=2, inner=64)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -40,5 +41,6 @@ def tiny_backbone(environment):
 def seeing(tiny):
     """`tiny` with a picture processor: eyes of random weights that matter to every token."""
     import sft
-    processor = sft.build_processor(tiny.model, tiny.tokenizer)
+    from backbones import build
+    processor = build.build_processor(tiny.model, tiny.tokenizer)
     return sft.wrap_backbone(tiny.model, tiny.tokenizer, processor=processor)
