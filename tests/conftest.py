@@ -18,7 +18,7 @@ def tiny():
 
 
 def tiny_backbone(corpus):
-    """The model of `tiny`, with the tokenizer of a module of backbones/.
+    """The model of `tiny`, with the tokenizer of a corpus: backbones/gp_corpus.py or virl_corpus.py.
 
     A new model is nearly uniform and hardly attends to anything, which would hide a wrong position
     or a label one token off. So its matrices are made 8 times larger: every token matters.
@@ -26,10 +26,10 @@ def tiny_backbone(corpus):
     import torch
 
     import sft
-    from backbones import build
+    from backbones.build import build_model, build_tokenizer
     torch.set_num_threads(1)            # two threads are slower than one at this size
-    tokenizer = build.build_tokenizer(corpus.phrases())
-    model = build.build_model(tokenizer, 0, width=32, layers=4, crossing=(1,), heads=2, inner=64)
+    tokenizer = build_tokenizer(corpus.phrases())
+    model = build_model(tokenizer, 0, width=32, layers=4, crossing=(1,), heads=2, inner=64)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -40,7 +40,12 @@ def tiny_backbone(corpus):
 @pytest.fixture
 def seeing(tiny):
     """`tiny` with a picture processor: eyes of random weights that matter to every token."""
+    return with_eyes(tiny)
+
+
+def with_eyes(backbone):
+    """The same model, shown pictures."""
     import sft
-    from backbones import build
-    processor = build.build_processor(tiny.model, tiny.tokenizer)
-    return sft.wrap_backbone(tiny.model, tiny.tokenizer, processor=processor)
+    from backbones.build import build_processor
+    return sft.wrap_backbone(backbone.model, backbone.tokenizer, processor=build_processor(
+        backbone.model, backbone.tokenizer))
