@@ -371,9 +371,9 @@ PLAYED = {"gp-l": ("hands", 256), "virl-l": ("walks", 64)}
 
 
 def time_sampler(task, model, episodes, longest):
-    """Play once with the code of CHECKOUT. Returns {"seconds", "tokens"} (sampled).
+    """Play once with the code of CHECKOUT. Returns {"seconds", "cpu", "tokens"} (sampled).
 
-    Nothing here may need more than the oldest checkout has: `against` runs it there, too.
+    cpu: seconds that the processor worked for it, which other programs lengthen less. Nothing here may need more than the oldest checkout has: `in_checkout` runs it there, too.
     """
     torch.set_num_threads(1)
     libc = ctypes.CDLL(None)                    # as a run of the small backbone sets it
@@ -384,11 +384,11 @@ def time_sampler(task, model, episodes, longest):
     make = gp_env.GeneralPoints if task == "gp-l" else virl_env.Navigation
     for count in (2, episodes):                 # the first games of a process are slower
         envs, seeds = [make() for _ in range(count)], [[1, 0, 0, i] for i in range(count)]
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         played = evaluate.play(backbone, envs, seeds, 0.6, longest,
                                torch.Generator().manual_seed(0))
-        seconds = time.perf_counter() - began
-    return {"seconds": seconds,
+        seconds, cpu = time.perf_counter() - began, time.process_time() - worked
+    return {"seconds": seconds, "cpu": cpu,
             "tokens": sum(len(turn.answer_ids) for e in played for turn in e.turns)}
 
 
@@ -413,13 +413,12 @@ def sampler(argv, other=None, rounds=3):
             for place in times if other else ["here"]:
                 folder = other if place == "there" else CHECKOUT
                 found = in_checkout(folder, [task, str(model), count, longest])
-                times[place].append(found["seconds"])
-                print(f"{count} {what}, {place:5s} {found['seconds']:6.2f} s, "
-                      f"{found['tokens']:,} tokens, {found['tokens'] / found['seconds']:,.0f} a "
-                      "second", flush=True)
-        if other:
-            ratios = [b / a for a, b in zip(times["here"], times["there"])]
-            print(f"{count} {what}: there / here {sorted(ratios)[len(ratios) // 2]:.2f} "
+                times[place].append(found)
+                print(f"{count} {what}, {place:5s} {found['seconds']:6.2f} s, of them "
+                      f"{found['cpu']:6.2f} at work, {found['tokens']:,} tokens", flush=True)
+        for clock in ("seconds", "cpu") if other else ():
+            ratios = [b[clock] / a[clock] for a, b in zip(times["here"], times["there"])]
+            print(f"{count} {what}, {clock:7s} there / here {sorted(ratios)[rounds // 2]:.2f} "
                   f"(median of {', '.join(f'{ratio:.2f}' for ratio in ratios)})", flush=True)
 
 

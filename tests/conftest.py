@@ -49,3 +49,11 @@ def with_eyes(backbone):
     from backbones.build import build_processor
     return sft.wrap_backbone(backbone.model, backbone.tokenizer, processor=build_processor(
         backbone.model, backbone.tokenizer))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a saved `tiny`. Tests only read it."""
+    import sft
+    from backbones import gp_corpus
+    return sft.save_checkpoint(tmp_path_factory.mktemp("saved") / "model", tiny_backbone(gp_corpus))
