@@ -110,7 +110,8 @@ def random_backbone(name, task, device="cpu", grad_checkpoint=False, dtype="floa
     processor = true_processor(model, tokenizer) if sees else None
     backbone = sft.wrap_backbone(model, tokenizer, name, processor)
     if grad_checkpoint:
-        model.gradient_checkpointing_enable()
+        # (newer releases of transformers renamed the call)
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         backbone.checkpointing = True
     return backbone
 
@@ -399,6 +400,8 @@ def sampler(argv, other=None, rounds=3):
     other checkout. The two take turns, each time in a process of its own with one thread, so that
     whatever else the machine does falls on both.
     """
+    if other and not (pathlib.Path(other) / "evaluate.py").exists():
+        raise sft.Problem(f"--against {other}: no evaluate.py there")
     one_task = any(word.split("=")[0] in ("--task", "--model") for word in argv)
     tasks = [rl.flags(argv).task] if one_task else list(PLAYED)
     for task in tasks:
@@ -424,8 +427,6 @@ def sampler(argv, other=None, rounds=3):
 
 def in_checkout(folder, words):
     """`time_sampler` of these words in a process of its own, with the code in `folder`."""
-    if not (pathlib.Path(folder) / "evaluate.py").exists():
-        raise sft.Problem(f"--against {folder}: no evaluate.py there")
     told = {"BENCHMARK_CHECKOUT": str(pathlib.Path(folder).resolve()), "OMP_NUM_THREADS": "1",
             "BENCHMARK_SAMPLER": json.dumps(words), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, __file__], env=os.environ | told, capture_output=True,

@@ -468,7 +468,7 @@ def test_cached_update_against_the_naive_loop(tiny, capsys):
 
 FLAGS = ["--model", "model", "--dtype", "bfloat16", "--init", "model", "--updates", 2,
          "--episodes", 4, "--max-new-tokens", 4, "--minibatch", 2, "--eval-hands", 2,
-         "--eval-every", 1, "--sample-batch", 3]
+         "--eval-every", 2, "--sample-batch", 3]
 
 
 def test_bf16_run_resumed_is_the_same(tiny, tmp_path, monkeypatch, capsys):
@@ -522,7 +522,8 @@ def test_critic_of_a_bf16_model_is_float32(tiny):
 def test_games_in_batches_are_all_played(tiny, monkeypatch):
     """Catches episodes lost between two batches of the sampler, or dealt twice."""
     monkeypatch.setattr(gp_env, "GeneralPoints", Rigged)
-    whole, parts = (rl.collect(tiny, settings(sample_batch=size, episodes=5), 0)
+    whole, parts = (rl.collect(tiny, settings(sample_batch=size, episodes=5,
+                                                   max_new_tokens=5), 0)
                     for size in (0, 2))
     assert [e.prompt for e in whole] == [e.prompt for e in parts]
     assert all(e.terminated != e.truncated for e in parts)

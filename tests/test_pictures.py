@@ -506,7 +506,7 @@ def test_dropped_pictures_are_dropped_in_training_alone(at_work, monkeypatch, ca
 def test_rl_of_pictures_killed_and_resumed_is_the_same(at_work, monkeypatch, capsys):
     """Catches pictures that depend on what was drawn before, and a checkpoint that went blind."""
     flags = [*FLAGS, "--init", "model", "--updates", 2, "--episodes", 4, "--max-new-tokens", 4,
-             "--minibatch", 2, "--eval-hands", 2, "--eval-every", 1]
+             "--minibatch", 2, "--eval-hands", 2, "--eval-every", 2]
     code, error = command(monkeypatch, capsys, rl, *flags, "--out", "whole")
     assert code == 0, error
     with monkeypatch.context() as patch:
