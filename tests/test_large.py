@@ -25,7 +25,7 @@ import virl_env
 from backbones import build as make
 from backbones import gp_corpus
 from test_evaluate import Rigged
-from test_pictures import SIZE, build, pictured, sampled_and_scored
+from test_pictures import SIZE, build, pictured, sampled_and_scored, step_on_meta
 from test_sft import assert_one_line, command, rows_of, same, short_run, text_model
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
@@ -229,6 +229,13 @@ def test_sampler_and_update_agree_in_text(tiny, kind, how):
     for micro_batch in (1, 4):
         sampled, scored = sampled_and_scored(backbone, episodes, micro_batch)
         assert (sampled - scored).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_recorded_step_of_text_never_asks_the_cpu(tiny, kind, monkeypatch):
+    """Catches the same as its namesake of pictures, for the classes that only read."""
+    backbone = sft.wrap_backbone(text_model(kind, tiny.tokenizer), tiny.tokenizer)
+    step_on_meta(backbone, sft.user_ids(backbone, "Which cards?", first=True), None, monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -522,8 +529,7 @@ def test_critic_of_a_bf16_model_is_float32(tiny):
 def test_games_in_batches_are_all_played(tiny, monkeypatch):
     """Catches episodes lost between two batches of the sampler, or dealt twice."""
     monkeypatch.setattr(gp_env, "GeneralPoints", Rigged)
-    whole, parts = (rl.collect(tiny, settings(sample_batch=size, episodes=5,
-                                                   max_new_tokens=5), 0)
+    whole, parts = (rl.collect(tiny, settings(sample_batch=size, episodes=5, max_new_tokens=5), 0)
                     for size in (0, 2))
     assert [e.prompt for e in whole] == [e.prompt for e in parts]
     assert all(e.terminated != e.truncated for e in parts)

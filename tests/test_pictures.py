@@ -207,21 +207,13 @@ class Watched(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("in_words", [False, True])
-def test_a_recorded_step_never_asks_the_cpu(any_class, in_words, monkeypatch, request):
-    """Catches what a CUDA graph forbids, where there is no GPU: a number read back, a tensor made.
+def step_on_meta(backbone, ids, picture, monkeypatch):
+    """Read a turn in two rows, then do the step of one token twice on the device "meta".
 
-    The step is done on the device "meta", where tensors have a shape and no contents: whoever looks
-    at a value there fails. And what no operation has made must be the same tensor each time.
+    Tensors have a shape and no contents there: whoever looks at a value fails, as he does where a
+    CUDA graph is recorded. And what no operation has made must be the same tensor each time.
     """
-    if sft.mrope(any_class.model) and not in_words:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="sft.shifted copies the shift of "
-                                              "a picture from the CPU in every step"))
-    reader = evaluate.Reader(any_class, 2)
-    image = gp_env.GeneralPoints(picture=SIZE).reset(0)[0]["image"]
-    ids, picture = sft.encode_picture(any_class, "Which cards?", image)
-    if in_words:
-        ids, picture = sft.user_ids(any_class, "Which cards?", first=True), None
+    reader = evaluate.Reader(backbone, 2)
     one, counts = torch.tensor([[5], [6]]), torch.ones(2, dtype=torch.long)
     with torch.no_grad():
         reader.read(torch.tensor([ids, ids]), len(ids) * counts, [picture, picture])
@@ -230,7 +222,7 @@ def test_a_recorded_step_never_asks_the_cpu(any_class, in_words, monkeypatch, re
         # All that lies on a GPU there, on another device here. Pictures stay on the CPU, as
         # encode_picture makes them.
         monkeypatch.setattr(evaluate, "precision", lambda backbone: contextlib.nullcontext())
-        reader.backbone = copy.deepcopy(any_class)
+        reader.backbone = copy.deepcopy(backbone)
         reader.backbone.model.to("meta")
         for owner in (reader, *reader.layers):
             for name, value in vars(owner).items():
@@ -242,6 +234,19 @@ def test_a_recorded_step_never_asks_the_cpu(any_class, in_words, monkeypatch, re
         with Watched() as again:
             reader.step(one, counts, {})
         assert set(map(id, again.brought)) <= set(map(id, once.brought))    # the same weights
+
+
+@pytest.mark.parametrize("in_words", [False, True])
+def test_a_recorded_step_never_asks_the_cpu(any_class, in_words, monkeypatch, request):
+    """Catches what a CUDA graph forbids, where there is no GPU: a number read back, a tensor made."""
+    if sft.mrope(any_class.model) and not in_words:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="sft.shifted copies the shift of "
+                                              "a picture from the CPU in every step"))
+    image = gp_env.GeneralPoints(picture=SIZE).reset(0)[0]["image"]
+    ids, picture = sft.encode_picture(any_class, "Which cards?", image)
+    if in_words:
+        ids, picture = sft.user_ids(any_class, "Which cards?", first=True), None
+    step_on_meta(any_class, ids, picture, monkeypatch)
 
 
 def test_blindfolded_nothing_is_told_apart(seeing):
