@@ -1,9 +1,6 @@
 """Play the game with a model, and measure what it can do.
 
-Paper: arXiv 2501.17161, section 5 (ID, rule OOD) and appendix C.3. What is measured here and not in
-the paper: hands and routes held out from training beside those seen in it, 1,000 hands a cell
-instead of 234, intervals, the two shifts of "rule OOD" apart, the `fake` probe, and what the
-verifier's message is worth.
+Paper: arXiv 2501.17161, section 5 (ID, rule OOD) and appendix C.3.
 
   1. cells: the kinds of games that are measured; their hands never depend on a training seed
   2. play all episodes in one batch; rl.py collects its experience with the same function
@@ -24,12 +21,8 @@ Three measures of one policy, each on the same hands:
 
 Shapes: B episodes in a batch, W new tokens of the longest, V vocabulary.
 
-    python evaluate.py --model runs/sft-gp-l-s0/step-000100 --ood      all cells
-    python evaluate.py --model ... --show 4                            transcripts
-    python evaluate.py --model ... --task gp-vl --ood                  in pictures
-    python evaluate.py --model ... --task virl-l --ood                 walks
-    python evaluate.py --model ... --task virl-vl --ood --blindfold    does it need its eyes?
-    python evaluate.py --run runs/sft-gp-l-s0 --ood                    every checkpoint of a run
+    python evaluate.py --ood --show 2 --model runs/rl-gp-l-s0/step-000020    cells, transcripts
+    python evaluate.py --ood --run runs/sft-gp-l-s0                          every checkpoint
 
 On a first reading part 4 can wait. Read before: sft.py. Read next: rl.py.
 """
@@ -54,11 +47,8 @@ import sft
 import virl_env
 from sft import (OTHER_CITIES, TRAINING_CITY, Problem, crossing_layers, encode_picture, mrope, pad,
                  pictured, precision, user_ids)
-from verifier import MAX_ANSWER, read_answer
 
-# ------------------------------------------------------------------------------------------------
-# 1. Cells
-# ------------------------------------------------------------------------------------------------
+# -------- 1. Cells
 
 EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same for every model
 
@@ -109,15 +99,14 @@ def cell_environments(cell, split, count, task="gp-l", shown=None, fresh=False, 
         how["tries"] = tries
     if pictured(task):
         how |= shown or {"picture": gp_env.PICTURE_SIZE}
-    turns = [{}]
-    if task.startswith("virl"):
-        places = where[1] if how.pop("elsewhere", False) else where[:1]
-        turns = [{"where": place} for place in places]
-        # One walk gives both counts (measure_walks): up to the first position missed it is the
-        # paper's walk, whether or not its rail goes on after that.
-        how["go_on"] = True
-    envs = [new_game(task, **how, **turns[i % len(turns)]) for i in range(count)]
-    return envs, [[EVALUATION_SEED, i] for i in range(count)]
+    seeds = [[EVALUATION_SEED, i] for i in range(count)]
+    if not task.startswith("virl"):
+        return [new_game(task, **how) for _ in seeds], seeds
+    places = where[1] if how.pop("elsewhere", False) else where[:1]
+    # One walk gives both counts (measure_walks): up to the first position missed it is the paper's
+    # walk, whether or not its rail goes on after that.
+    return [new_game(task, where=places[i % len(places)], go_on=True, **how)
+            for i in range(count)], seeds
 
 
 def new_game(task, **how):
@@ -125,9 +114,7 @@ def new_game(task, **how):
     return (virl_env.Navigation if task.startswith("virl") else gp_env.GeneralPoints)(**how)
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Playing in a batch
-# ------------------------------------------------------------------------------------------------
+# -------- 2. Playing in a batch
 
 
 @dataclass
@@ -265,9 +252,7 @@ def draw(logits, temperature, generator=None):
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. The sampler: B conversations that grow at different speeds, one key-value cache
-# ------------------------------------------------------------------------------------------------
+# -------- 3. The sampler: B conversations that grow at different speeds, one key-value cache
 
 
 class SlotLayer(DynamicLayer):
@@ -306,15 +291,14 @@ class PictureLayer(DynamicLayer):
 class Reader:
     """Reads B growing conversations with one cache.
 
-    Each row has its own slots, from 0 on and without gaps: slot, position and number of the token
-    in its conversation are one and the same. A token sees the slots up to its own. Rows are padded
-    on the right; what padding wrote lies behind `length`, where nobody looks, and is overwritten:
+    A token's slot is its position in its row's conversation, and it sees the slots up to its own.
+    Rows are padded on the right; what padding wrote lies behind `length`, where nobody looks, and
+    is overwritten:
 
         slots      0  1  2  3  4  5  6  7        length
         row 0      p  p  p  a  a  m  m  a        8          p prompt, a answer, m message
         row 1      p  p  a  a  -  -  -  -        4          - what padding wrote, or nothing
 
-    The update (sft.trunk) reads the same conversation from the same positions.
     """
 
     BLOCK = 64                  # slots are added in blocks: growing copies the whole cache
@@ -344,9 +328,15 @@ class Reader:
         self.make_room(ids.shape[1])
         seen = self.see(ids, pictures) if pictures else {}
         if ids.shape[1] == 1 and not seen and ids.device.type in self.recorded_on:
-            self.recording = self.recording or Recording.of(self, ids, counts)
-            if self.recording:
+            try:
+                self.recording = self.recording or Recording(self, ids, counts)
                 return self.recording.play(ids, counts)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:       # what a model does on its way may forbid it
+                Reader.recorded_on = ()
+                tqdm.write("reading one token cannot be recorded here, it goes on step by step, "
+                           f"slower ({str(error).splitlines()[0]})")
         return self.step(ids, counts, seen)
 
     def step(self, ids, counts, seen):
@@ -357,7 +347,7 @@ class Reader:
         for layer in self.layers:
             layer.where, layer.room = where, self.room
         position = where
-        if self.pictures[0] is not None and mrope(self.backbone.model):
+        if self.pictures[0] is not None and mrope(self.backbone.model.config):
             position = sft.shifted(self.pictures, where)
         if self.tiles is not None:          # the picture's mark stands in a row's first turn
             seen = seen | {"cross_attention_mask": sft.cross_mask(
@@ -412,23 +402,21 @@ class Reader:
                 layer.keys, layer.values = layer.keys[index], layer.values[index]
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. On a GPU: the reading of one token, recorded. Never at work on a CPU
-# ------------------------------------------------------------------------------------------------
+# -------- 4. On a GPU: the reading of one token, recorded. Never at work on a CPU
 
 
 class Recording:
     """`Reader.step` for one token a row, recorded on a GPU, then played again and again.
 
-    A step of a large model is many small jobs (kernels), several for each operation of each layer,
-    and Python hands them to the GPU one by one: for 32 rows of the 11B model an H200 took 120 ms,
-    and was at work for 7.5 of them. A CUDA graph is the list of those jobs; played, they follow
-    each other and Python has no part. Its tensors must stay in their places: a recording ends when
-    the cache grows, when rows leave, and when a new picture is seen.
+    Python hands a GPU its small jobs (kernels) one by one: for 32 rows of the 11B model an H200
+    took 120 ms a token, and was at work for 7.5 of them. A CUDA graph is the list of those jobs,
+    played without Python. Its tensors must stay in their places: a recording ends when the cache
+    grows, when rows leave, and when a new picture is seen.
     """
 
     def __init__(self, reader, ids, counts):
-        self.ids, self.counts, before = ids.clone(), counts.clone(), reader.length.clone()
+        self.ids, self.counts, before = ids.clone(), counts.clone(), reader.length
+        reader.length = before.clone()      # should recording fail, nothing has happened
         aside, main = torch.cuda.Stream(), torch.cuda.current_stream()
         aside.wait_stream(main)
         with torch.cuda.stream(aside):      # once without recording, as CUDA asks for
@@ -442,22 +430,8 @@ class Recording:
         gap = (self.logits - expected)[expected.isfinite()].abs().mean().item()
         reader.length.copy_(before)         # what was written so far is written again, the same
         if not gap < 0.05:
-            raise RuntimeError(f"played back it differs by {gap:.2g}")
-
-    @classmethod
-    def of(cls, reader, ids, counts):
-        """A Recording, or None where this model cannot be recorded (said once)."""
-        before = reader.length.clone()
-        try:
-            return cls(reader, ids, counts)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            Reader.recorded_on = ()
             reader.length = before
-            tqdm.write("the reading of one token cannot be recorded here, it goes on step by step, "
-                       f"slower ({str(error).splitlines()[0]})")
-            return None
+            raise RuntimeError(f"played back it differs by {gap:.2g}")
 
     def play(self, ids, counts):
         """`Reader.step` by the recording."""
@@ -467,9 +441,7 @@ class Recording:
         return self.logits
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Counting
-# ------------------------------------------------------------------------------------------------
+# -------- 5. Counting
 
 
 def wilson(hits, count, z=1.96):
@@ -522,36 +494,41 @@ def measure(episodes):
     success: correct within the tries (the paper's measure); first_try: at once; cards_read,
     numbers_read: share of first answers whose `cards` / `number` field is right (numbers: under the
     STATED rule); errors: kinds of the wrong first answers; tries: mean number of answers; cut:
-    share of answers that were cut off. For pictures also single_cards and confusion.
+    share of answers that were cut off.
     """
     # Reading is judged on the FIRST answer: later ones have seen the verifier's message, which
     # names the numbers that are missing and so gives the rule away.
-    first, count = [episode.turns[0].verdict for episode in episodes], len(episodes)
-    errors = Counter(v.kind for v in first if not v.correct)
-    found = {"count": count} | headline((hand_group(e), e.terminated) for e in episodes)
-    found |= {"first_try": sum(v.correct for v in first) / count,
-              "cards_read": sum(v.cards_right for v in first) / count,
-              "numbers_read": sum(read_as_stated(e) for e in episodes) / count,
-              "errors": {kind: n / count for kind, n in sorted(errors.items())},
-              "tries": sum(len(e.turns) for e in episodes) / count, "cut": cut(episodes)}
-    return found | (read_singly(episodes) if episodes[0].env.picture else {})
+    first = [episode.turns[0].verdict for episode in episodes]
+    found = {"first_try": mean(v.correct for v in first),
+             "cards_read": mean(v.cards_right for v in first),
+             "numbers_read": mean(read_as_stated(e) for e in episodes), "errors": errors(first)}
+    return found | both_games(episodes, [(tuple(sorted(e.env.hand.numbers)), e.terminated)
+                                         for e in episodes])
 
 
-def headline(outcomes):
-    """{"hits", "success", "interval"} of (group, 0 or 1) outcomes."""
-    found = rate(outcomes)
-    return {"hits": round(found["rate"] * found["count"]), "success": found["rate"],
-            "interval": found["interval"]}
+def both_games(episodes, outcomes):
+    """The measures that hands and walks share. outcomes: (group, solved) of each episode."""
+    won = rate(outcomes)
+    return {"count": len(episodes), "hits": sum(hit for _, hit in outcomes),
+            "success": won["rate"], "interval": won["interval"],
+            "tries": mean(len(e.turns) for e in episodes), "cut": cut(episodes)}
 
 
-def hand_group(episode):
-    """Hands of one group succeed or fail together: the same four numbers."""
-    return tuple(sorted(episode.env.hand.numbers))
+def mean(values):
+    """The mean of some numbers or truths; 0 of none."""
+    values = list(values)
+    return sum(values) / max(1, len(values))
+
+
+def errors(verdicts):
+    """{kind of error: share of the verdicts}."""
+    kinds = Counter(v.kind for v in verdicts if not v.correct)
+    return {kind: n / len(verdicts) for kind, n in sorted(kinds.items())}
 
 
 def cut(episodes):
     """Share of answers that were cut off before their end: they make a gap of their own."""
-    return 1 - sum(t.ended for e in episodes for t in e.turns) / sum(len(e.turns) for e in episodes)
+    return mean(not turn.ended for episode in episodes for turn in episode.turns)
 
 
 def read_as_stated(episode):
@@ -560,31 +537,6 @@ def read_as_stated(episode):
         return episode.turns[0].verdict.numbers_right
     hand = episode.env.hand     # the fake probe scores by another rule: ask about the stated one
     return gp_env.verify_gp(episode.turns[0].text, hand.cards, hand.numbers).numbers_right
-
-
-def read_singly(episodes):
-    """How the first answers read single cards: {"single_cards": rate, "confusion": table}.
-
-    Like the verifier it leaves the order free: cards that are on both sides are read right, the
-    others are paired as they stand. table: {rank shown: {rank read, "?" for none: times}}.
-
-        shown J 3 K 10, read 3 Q 10 K   ->   3, K and 10 right, and J read as Q
-    """
-    table = {rank: Counter() for rank in gp_env.RANKS}
-    for episode in episodes:
-        shown = list(episode.env.hand.cards)
-        said = read_answer(episode.turns[0].text[:MAX_ANSWER]).get("cards", [])
-        said = [card.upper() if card.upper() in table else "?" for card in said[:4]]
-        for card in list(shown):
-            if card in said:
-                table[card][card] += 1
-                shown.remove(card)
-                said.remove(card)
-        for card, other in zip(shown, said + ["?"] * 4):
-            table[card][other] += 1
-    right, count = sum(row[card] for card, row in table.items()), 4 * len(episodes)
-    return {"single_cards": right / count,
-            "confusion": {card: dict(row) for card, row in table.items() if row}}
 
 
 def positions(episode):
@@ -617,10 +569,10 @@ def measure_walks(episodes):
         position       first turn   forward   later turn   stop        per_step   per_step_on
         right tries    0 of 2       1 of 1    1 of 2       1 of 1      0 of 2     3 of 6
 
-    kinds, kinds_on: the same for each kind of action. turns: both kinds of turn together, the rail
-    going on: only there the rules differ. Of the first answers at each position: landmarks_present,
-    landmarks_empty: what is said of the landmark is right, where there is one and where there is
-    none; crossings_read: of the intersection; whole_right: all of that, and the action.
+    kinds, kinds_on: the same for each kind of action; turns: both kinds of turn together, the rail
+    going on: only there the rules differ. Of the first answers: landmarks_present, landmarks_empty
+    (right where there is a landmark, where there is none), crossings_read, whole_right (all of that
+    and the action).
     """
     paper, on, first = [], [], []       # (walk, kind of action, verdict) of tries; first tries
     for walk, episode in enumerate(episodes):
@@ -632,42 +584,30 @@ def measure_walks(episodes):
             paper += [] if missed else judged
             missed |= not tries[-1].verdict.correct
             # Reading is judged before the verifier has said what was misread.
-            there = not place.observation.startswith(virl_env.NOTHING)
-            first.append((walk, there, tries[0].verdict))
-    found = {"count": len(episodes)} | headline(
-        (walk, solved(episode)) for walk, episode in enumerate(episodes))
-    for suffix, judged in (("", paper), ("_on", on)):
-        kinds = {"every action": rate((walk, v.correct) for walk, _, v in judged)}
-        kinds |= {kind: rate((walk, v.correct) for walk, k, v in judged if k == kind)
-                  for kind in virl_env.KINDS}
-        found |= {f"per_step{suffix}": kinds["every action"]["rate"],
-                  f"steps{suffix}": kinds["every action"]["count"], f"kinds{suffix}": kinds}
+            first.append((not place.observation.startswith(virl_env.NOTHING), tries[0].verdict))
+    kinds, kinds_on = ({kind: rate((walk, v.correct) for walk, k, v in judged
+                                   if kind in (k, "every action"))
+                        for kind in ("every action", *virl_env.KINDS)} for judged in (paper, on))
     turns = rate((walk, v.correct) for walk, k, v in on if k.endswith("turn"))
-    errors = Counter(v.kind for *_, v in first if not v.correct)
-
-    def share(judge, of=first):
-        """Share of first answers of which `judge` is true."""
-        return sum(judge(v) for *_, v in of) / max(1, len(of))
-
-    def whole(v):
-        """Everything right: the action, the landmarks, the intersection."""
-        return v.correct and v.landmarks_right and v.intersection_right
-
-    present, empty = ([f for f in first if f[1] == there] for there in (True, False))
-    return found | {
+    present = [v.landmarks_right for there, v in first if there]
+    empty = [v.landmarks_right for there, v in first if not there]
+    verdicts = [v for _, v in first]
+    found = {
+        "per_step": kinds["every action"]["rate"], "steps": kinds["every action"]["count"],
+        "per_step_on": kinds_on["every action"]["rate"],
+        "steps_on": kinds_on["every action"]["count"], "kinds": kinds, "kinds_on": kinds_on,
         "turns": turns["rate"], "turn_tries": turns["count"], "positions": len(first),
-        "first_try": share(lambda v: v.correct), "whole_right": share(whole),
-        "landmarks_present": share(lambda v: v.landmarks_right, present),
-        "landmarks_empty": share(lambda v: v.landmarks_right, empty),
-        "positions_present": len(present), "positions_empty": len(empty),
-        "crossings_read": share(lambda v: v.intersection_right),
-        "errors": {kind: n / len(first) for kind, n in sorted(errors.items())},
-        "tries": sum(len(e.turns) for e in episodes) / len(episodes), "cut": cut(episodes)}
+        "first_try": mean(v.correct for v in verdicts),
+        "landmarks_present": mean(present), "positions_present": len(present),
+        "landmarks_empty": mean(empty), "positions_empty": len(empty),
+        "crossings_read": mean(v.intersection_right for v in verdicts),
+        "whole_right": mean(v.correct and v.landmarks_right and v.intersection_right
+                            for v in verdicts),
+        "errors": errors(verdicts)}
+    return found | both_games(episodes, [(walk, solved(e)) for walk, e in enumerate(episodes)])
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Measuring a model
-# ------------------------------------------------------------------------------------------------
+# -------- 6. Measuring a model
 
 
 def cell_splits(cells, splits, task):
@@ -693,11 +633,6 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
         episodes = kept[name] = play_cell(backbone, cell_environments(
             cell, split, count, task, **how), temperature, max_new_tokens, batch, blindfold)
         found = results[name] = measure_walks(episodes) if walks else measure(episodes)
-        if walks and cell in ("visual", "both"):
-            cities = {}
-            for episode in episodes:
-                cities.setdefault(episode.env.atlas.where, []).append(episode)
-            found["places"] = {city: measure_walks(some) for city, some in cities.items()}
         if fresh:
             again = play_cell(backbone, cell_environments(
                 cell, split, count, task, fresh=True, **how), temperature, max_new_tokens, batch,
@@ -726,119 +661,94 @@ def play_cell(backbone, games, temperature, max_new_tokens, batch, blindfold):
     return episodes
 
 
-def evaluate_run(args, cells, splits):
+def evaluate_run(args, cells):
     """Play every checkpoint of an SFT run; writes eval.jsonl there, goes on where it stopped.
 
-    A step is played again only for cells that its row lacks. Raises Problem for flags of another
-    game than the run's, and for cells of a row that would be measured in two ways.
+    A step that was measured already is played again only for cells that its row lacks. Raises
+    Problem if those were measured in another way.
     """
-    folder, found = pathlib.Path(args.run), sft.checkpoints(args.run)
-    said = sft.read_json(folder / "args.json")
-    for key in ("task", "routes", "picture_size", "announce"):
-        if said.get(key, getattr(args, key)) != getattr(args, key):
-            raise Problem(f"--run {args.run}: it was trained with --{key.replace('_', '-')} "
-                          f"{said[key]}, you ask for {getattr(args, key)}: play the same game")
-    path = folder / "eval.jsonl"
+    folder = pathlib.Path(args.run)
+    found = {step: path for step, path in sft.checkpoints(folder)
+             if not args.steps or step in args.steps}
+    if not found or set(args.steps or ()) - set(found):
+        raise Problem(f"--run {folder}: no such checkpoint there")
+    path, how = folder / "eval.jsonl", {key: getattr(args, key) for key in (
+        "hands", "tries", "temperature", "batch", "dtype")}
     rows = {row["step"]: row for row in sft.read_lines(path)}
     trained = {row["step"]: row for row in sft.read_lines(folder / "metrics.jsonl")}
-    absent = sorted(set(args.steps or ()) - {step for step, _ in found})
-    if not found or absent:
-        raise Problem(f"--run {args.run}: there is no checkpoint step-{(absent or [0])[0]:06d}")
-    wanted = {f"{SPLIT_NAMES[split]}/{cell}" for cell, split in cell_splits(cells, splits,
-                                                                          args.task)}
-    how = {key: getattr(args, key) for key in ("hands", "tries", "temperature", "batch", "dtype")}
-    for step, checkpoint in found:
-        before = rows.get(step, {"how": how, "cells": {}})
-        if (args.steps and step not in args.steps) or wanted <= set(before["cells"]):
-            continue
-        if before["how"] != how:
-            raise Problem(f"--run {args.run}: cells of step {step} were measured with "
-                          f"{before['how']}: give the same flags, or move {path} away")
-        backbone = sft.open_backbone(args, checkpoint)
-        results, _ = evaluate(backbone, cells, splits, args.hands,
-                              sft.answer_length(backbone, args), args.task, args.temperature,
-                              args.batch, tries=args.tries, shown=sft.picture_options(args),
-                              where=sft.places(args))
-        print(f"step {step}")
-        show(results)
-        spent = trained.get(step, {}).get("flops", 0)   # in SFT all that is charged was spent
-        rows[step] = {"step": step, "hands": args.hands, "how": how, "flops": spent,
-                      "flops_spent": spent, "cells": before["cells"] | results}
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
-        aside.rename(path)
+    for step, checkpoint in found.items():
+        charged = trained.get(step, {}).get("flops", 0)
+        row = rows.setdefault(step, {
+            "step": step, "hands": args.hands, "how": how, "flops": charged, "cells": {},
+            "flops_spent": trained.get(step, {}).get("flops_spent", charged)})
+        lacking = [cell for cell, split in cell_splits(cells, args.splits, args.task)
+                   if f"{SPLIT_NAMES[split]}/{cell}" not in row["cells"]]
+        if lacking and row.get("how", how) != how:
+            raise Problem(f"--run {folder}: step {step} was measured with {row['how']}: give the "
+                          f"same flags, or move {path} away")
+        if lacking:
+            print(f"step {step}", flush=True)
+            lacking = list(dict.fromkeys(lacking))
+            row["cells"] |= measure_model(args, sft.open_backbone(args, checkpoint), lacking)[0]
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
+            aside.rename(path)
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. Printing
-# ------------------------------------------------------------------------------------------------
+def measure_model(args, backbone, cells):
+    """`evaluate` as the flags say; prints a line for each cell."""
+    results, episodes = evaluate(
+        backbone, cells, args.splits, args.hands, sft.answer_length(backbone, args), args.task,
+        args.temperature, args.batch, args.blindfold, tries=args.tries,
+        shown=sft.picture_options(args), where=sft.places(args))
+    show(results)
+    return results, episodes
+
+
+# -------- 7. Printing
 
 
 def show(results):
     """One aligned line for each cell."""
     for name, m in results.items():
         line = f"  {name:20s}first answer {m['first_try']:6.1%}"
-        if "fresh" in m:
-            line += f"  fresh {m['fresh']:6.1%}"
+        line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
         low, high = m["interval"]
         line += f"  conversation {m['success']:6.1%} [{low:.0%}, {high:.0%}]"
         if "per_step" in m:             # walks
             line += f"  per step {m['per_step']:6.1%}, on {m['per_step_on']:6.1%}"
         else:
-            line += f"  numbers read {m['numbers_read']:6.1%}"
-        if "single_cards" in m:         # cards in pictures
-            line += f"  cards: all four {m['cards_read']:6.1%}, single {m['single_cards']:6.1%}"
-        print(line + (f"  CUT OFF {m['cut']:.1%} of answers" if m["cut"] > 0.02 else ""),
+            line += f"  read: cards {m['cards_read']:6.1%}, numbers {m['numbers_read']:6.1%}"
+        print(line + (f"  CUT OFF {m['cut']:.1%} of answers" if m["cut"] > 0.05 else ""),
               flush=True)
 
 
 def show_more(results):
-    """For each cell: kinds of errors; pictures: who is taken for whom; walks: kinds of action."""
+    """For each cell: kinds of errors; walks: kinds of action, and what was read."""
     for name, m in results.items():
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in m["errors"].items())
         print(f"\n# {name}: first answers that were wrong: {kinds or 'none'}")
-        if "confusion" in m:
-            names = [*gp_env.RANKS, "?"]
-            print("rank shown (down), rank read (across), %\n    "
-                  + "".join(f"{rank:>4}" for rank in names))
-            for shown, row in m["confusion"].items():
-                share = {read: f"{100 * n / sum(row.values()):4.0f}" for read, n in row.items()}
-                print(f"{shown:>4}" + "".join(share.get(read, "   .") for read in names))
+        for kind in m.get("kinds", ()):
+            line = f"    {kind:16s}"
+            for title, r in (("to the first miss", m["kinds"][kind]),
+                             ("rail goes on", m["kinds_on"][kind])):
+                low, high = r["interval"]
+                line += f"{title} {r['rate']:6.1%} [{low:4.0%}, {high:4.0%}] of {r['count']:<7d}"
+            print(line)
         if "kinds" in m:
-            print(f"{'':28s}{'up to the first miss':31s}the rail goes on")
-            lines = {kind: (m["kinds"][kind], m["kinds_on"][kind]) for kind in m["kinds"]}
-            lines |= {place: (own["kinds"]["every action"], own["kinds_on"]["every action"])
-                      for place, own in m.get("places", {}).items()}
-            for line, rates in lines.items():
-                print(f"    {line[-22:]:24s}" + "".join(
-                    "{:6.1%} [{:4.0%}, {:4.0%}] of {:<7d}".format(
-                        r["rate"], *r["interval"], r["count"]) for r in rates))
             print(f"    first answers: landmarks read right {m['landmarks_present']:.1%} where "
                   f"there is one, {m['landmarks_empty']:.1%} where there is none; intersection "
                   f"{m['crossings_read']:.1%}; all right, and the action {m['whole_right']:.1%}")
 
 
-def show_transcripts(episodes, count, pictures="", positions_shown=3):
-    """Print conversations, half of them solved and half not, as far as there are any.
-
-    pictures: where the pictures that were shown go, as PICTURES-1.png, PICTURES-2.png, ... On
-    walks these are those of the first positions_shown positions; the others are left out.
-    """
+def show_transcripts(episodes, count, positions_shown=3):
+    """Print conversations, half of them solved and half not, as far as there are any."""
     good = [e for e in episodes if solved(e)][:count - count // 2]
     failed = [e for e in episodes if not solved(e)][:count - len(good)]
-    number = 0
     for episode in good + failed:
-        env, talks = episode.env, positions(episode)
         print("\n" + "=" * 30, "solved" if solved(episode) else "not solved", "=" * 30)
-        prompt = episode.prompt
+        prompt, talks = episode.prompt, positions(episode)
         for at, tries in enumerate(talks[:positions_shown]):
-            if env.picture:
-                number += 1
-                path = pathlib.Path(f"{pictures}-{number}.png")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image = env.look(env.rail[at]) if hasattr(env, "rail") else env.image
-                image.save(path)
-                print(f"[the picture is in {path}]")
             print(prompt)
             for turn in tries:
                 # at a new position the environment's words are the next prompt, not a message
@@ -850,9 +760,7 @@ def show_transcripts(episodes, count, pictures="", positions_shown=3):
             print(f"... and {len(talks) - positions_shown} more positions")
 
 
-# ------------------------------------------------------------------------------------------------
-# 8. Command line
-# ------------------------------------------------------------------------------------------------
+# -------- 8. Command line
 
 
 def flags(argv=None):
@@ -862,20 +770,15 @@ def flags(argv=None):
     add = parser.add_argument_group("measuring").add_argument
     add("--run", help="a run folder of sft.py: play all its checkpoints")
     add("--steps", type=int, nargs="+", help="with --run: only these checkpoints")
-    add("--cells", nargs="+", metavar="CELL", help="measure just these: " + "; ".join(
-        f"{task}: {', '.join(cells)}" for task, cells in TASK_CELLS.items()))
+    add("--cells", nargs="+", metavar="CELL", help="measure just these (a wrong one lists all)")
     add("--splits", nargs="+", choices=SPLIT_NAMES, default=["train", "test"],
         help="hands or routes: train (seen), test (held out), val, all")
-    add("--hands", type=int, default=1000, help="hands or walks a cell (default 1000; V-IRL: 180; "
-        "paper: 234 and 48)")
+    add("--hands", type=int, default=1000, help="episodes a cell (1000; V-IRL 180; paper 234, 48)")
     add("--tries", type=int, help="answers a hand or a position (paper: 5; V-IRL: 2)")
-    add("--temperature", type=float, default=0.6, help="of sampling; 0 takes the likeliest token "
-        "(default 0.6, as the paper's backbone is shipped)")
+    add("--temperature", type=float, default=0.6, help="of sampling (default 0.6, as Llama ships)")
     add("--batch", type=int, default=256, help="episodes at once (default 256; V-IRL: 64)")
-    add("--blindfold", action="store_true", help="-vl: grey in place of every picture; what is "
-        "still right needed no eyes")
-    add("--show", type=int, default=0, metavar="N", help="print N transcripts a cell, half of them "
-        "solved; pictures go to runs/shown")
+    add("--blindfold", action="store_true", help="-vl: grey in place of every picture")
+    add("--show", type=int, default=0, metavar="N", help="print N transcripts a cell")
     # 180 walks are about 3,000 tries, so that per-step accuracy is known to +-2 points. A prompt on
     # a walk is five times as long as a hand's: fewer in a batch.
     walks = {"hands": 180, "batch": 64}
@@ -886,36 +789,32 @@ def flags(argv=None):
                           f"{', '.join(TASK_CELLS[args.task])}")
     if args.steps and not args.run:
         raise Problem("--steps says which checkpoints of a --run to play; give one")
-    if args.blindfold and (args.run or not pictured(args.task)):
-        raise Problem("--blindfold: a probe of one --model, for --task gp-vl or virl-vl")
+    if args.blindfold and not pictured(args.task):
+        raise Problem("--blindfold: add --task gp-vl or virl-vl")
     return args
 
 
 def main():
     """Measure one model, or the checkpoints of a run."""
     args = flags()
+    every = (CURVE_CELLS if args.run else TASK_CELLS)[args.task]
+    cells = args.cells or (list(every) if args.ood else ["id"])
     if args.run:
-        cells = args.cells or (CURVE_CELLS[args.task] if args.ood else ["id"])
-        return evaluate_run(args, cells, args.splits)
+        return evaluate_run(args, cells)
     out = open(args.out, "a") if args.out else None     # a path that fails, fails now
-    cells = args.cells or (list(TASK_CELLS[args.task]) if args.ood else ["id"])
-    backbone, began = sft.open_backbone(args), time.time()
+    began = time.time()
     print(f"{args.model} on {args.task}: {args.hands} episodes a cell, temperature "
           f"{args.temperature:g}" + ", blindfolded" * args.blindfold, flush=True)
-    results, episodes = evaluate(backbone, cells, args.splits, args.hands,
-                                 sft.answer_length(backbone, args), args.task, args.temperature,
-                                 args.batch, args.blindfold, tries=args.tries,
-                                 shown=sft.picture_options(args), where=sft.places(args))
+    results, episodes = measure_model(args, sft.open_backbone(args), cells)
     if out:                                 # before anything long is printed
         out.truncate(0)
         out.write(json.dumps(results, indent=1) + "\n")
         out.close()
-    show(results)
     show_more(results)
     print(f"{time.time() - began:.0f} s")
     for name in episodes if args.show else ():
         print("\n#", name)
-        show_transcripts(episodes[name], args.show, f"runs/shown/{name.replace('/', '-')}")
+        show_transcripts(episodes[name], args.show)
 
 
 if __name__ == "__main__":

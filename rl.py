@@ -20,16 +20,7 @@ Symbols and shapes (N is another thing in README eq. 6, parameters):
   r reward of a try    V value before it    A advantage    R = A + V return (target of V)
   ratio = pi_new(action) / pi_old(action)
 
-What differs from the paper's text or its released code, and why:
-  * the ratio is per token by default, the paper's one ratio for a whole answer is --ratio answer
-    (one full run of each from seed 0: all four success rates within 2.2 points of each other)
-  * the critic reads the trunk's hidden state and sends no gradient into it (--value-trunk does)
-  * policy and critic have their gradients clipped apart
-  * an episode that runs out of tries ends there; the released code bootstraps its last value from
-    the next, unrelated episode
-  * log-probabilities are float32 (the released code sums them in bf16: steps of 3-6 % in the ratio)
-  * rewards follow the paper's table; the released code adds penalties up
-  * one forward pass scores all tries of an episode, instead of one pass for each try
+README, "What differs", names every deviation from the paper and its released code.
 
     python rl.py --task gp-l --ood             the main job: 5 minutes on two cores
     python rl.py --task virl-l --ood           walks
@@ -61,20 +52,13 @@ from sft import (Problem, batch, by_length, checkpoints, load_state, pictured, s
 VALUE_COEF = 0.5            # weight of the value loss (paper: the same)
 MAX_GRAD_NORM = 1.0         # of the policy and of the critic, each
 
-# ------------------------------------------------------------------------------------------------
-# 1. Collect
-# ------------------------------------------------------------------------------------------------
-
-
-def mixed(*numbers):
-    """One seed from several numbers, e.g. (seed, update): no generator's state to save."""
-    weighted = (number * (1_000_003 ** i % 2 ** 31) for i, number in enumerate(numbers))
-    return sum(weighted) % 2 ** 31
+# -------- 1. Collect
 
 
 def seeded(*numbers):
-    """A torch generator on the CPU from several numbers."""
-    return torch.Generator().manual_seed(mixed(*numbers))
+    """A torch generator from several numbers, e.g. (seed, update): no state to save or restore."""
+    mixed = sum(number * (1_000_003 ** i % 2 ** 31) for i, number in enumerate(numbers))
+    return torch.Generator().manual_seed(mixed % 2 ** 31)
 
 
 def collect(backbone, args, update):
@@ -132,16 +116,13 @@ def conversations(episodes):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Score
-# ------------------------------------------------------------------------------------------------
+# -------- 2. Score
 
 
 def build_value_head(hidden, seed):
     """The critic: a small MLP on the policy's own hidden state, (.., H) -> (..,). V is 0 at first.
 
-    One forward pass serves policy and critic. The critic's gradient ends at the hidden state,
-    unless --value-trunk lets it through, as in the paper (see `score`).
+    One forward pass serves policy and critic.
     """
     wide, narrow = max(128, hidden // 4), max(64, hidden // 8)
     head = torch.nn.Sequential(torch.nn.Linear(hidden, wide), torch.nn.ReLU(),
@@ -162,8 +143,7 @@ def score(backbone, head, rows, temperature, value_trunk=False):
 
     value_trunk: let the gradient of V into the trunk, as the paper does. By default the critic only
     READS the policy's hidden state: let in, it made the trunk's gradient 9 times as long (3.5
-    against 0.37, mean of 24 updates, rewards in -4..5), so that most of a step served the critic,
-    and three success rates of four ended lower, one seed (results/README.md, "Ablations").
+    against 0.37, mean of 24 updates, one seed), so that most of a step served the critic.
     Returns (logprobs (N,), entropy (N,), values (number of tries,)), all float32, in row order.
     """
     ids, mask, lengths, pictures = batch(backbone, rows)                     # (rows, T) each
@@ -183,9 +163,8 @@ def score_all(backbone, head, rows, temperature, micro_batch):
 
     The sampler knew the log-probabilities already. But V needs this pass anyway, and it computes
     the old ones just as the update will compute the new ones, so that all ratios begin at 1 but for
-    rounding. (Small backbone in bf16 on a CPU: the sampler's are off by 0.003 a token on average,
-    these by 0.0001.) The sampler's serve in `self_check`. They are those at --temperature:
-    softmax(logits / temperature) is the policy that played.
+    rounding. The sampler's serve in `self_check`. softmax(logits / temperature) is the policy that
+    played.
     """
     for part in by_length(rows, micro_batch):
         logprobs, _, values = score(backbone, head, part, temperature)
@@ -195,9 +174,7 @@ def score_all(backbone, head, rows, temperature, micro_batch):
             r["logprobs"], r["values"] = p, v
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Advantages
-# ------------------------------------------------------------------------------------------------
+# -------- 3. Advantages
 
 
 def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
@@ -211,8 +188,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
       terminated  the game is over, no reward can follow: 0
       truncated   it was cut; the value of what would have come next is `after`. Running out of
                   tries is a rule of this game that the agent cannot play past, so `after` is always
-                  0 in this file. Code that cuts episodes where a buffer is full (most PPO for
-                  games does) puts V(next state) there.
+                  0 in this file. PPO that cuts episodes where a buffer is full puts V(next state)
       Never the value of another episode.
 
     rewards, values: (K,) float. Returns (advantages, returns), both (K,). Worked example (gamma
@@ -276,9 +252,7 @@ def add_advantages(rows, episodes, gamma, lam):
     return len(paid) > 1
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Update
-# ------------------------------------------------------------------------------------------------
+# -------- 4. Update
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
@@ -427,16 +401,13 @@ def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True)
     return mean | {"skipped": skipped, "tokens_trained": fed}
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. The loop
-# ------------------------------------------------------------------------------------------------
+# -------- 5. The loop
 
 
 def run(args):
     """The whole of PPO: start, then collect, score, advantages, update, again and again."""
     began = time.time()
     policy = Policy(args)
-    folder, metrics = policy.folder, policy.metrics
     if policy.first == 0:
         policy.measure(0, args.eval_hands)
     for update in sft.progress(range(policy.first, args.updates), "ppo", "update"):
@@ -452,10 +423,11 @@ def run(args):
         numbers = ppo_update(policy.backbone, policy.head, policy.optimizer, rows, args,    # 4
                              update, can_learn)
         clock.append(time.time())
-        policy.count(rows, numbers)                                                         # 5
+        policy.counts["trained"] += numbers["tokens_trained"]                               # 5
+        policy.counts["sampled"] += sum(len(row["ids"]) for row in rows)
         row = {"step": update + 1} | summary(rows, episodes) | numbers | policy.compute()
         row |= {"seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
-        metrics.write(row)
+        policy.metrics.write(row)
         tqdm.write(one_line(row) if can_learn else f"update {update + 1:3d}  every episode was "
                    f"paid {row['reward']:.2f}, nothing to learn from: the policy took no step")
         last = update + 1 == args.updates
@@ -464,38 +436,34 @@ def run(args):
         # The checkpoint comes last: killed at any moment before, the run goes on from the one of
         # the update before, drops what was written since, and writes the same again.
         policy.save(update + 1)
-    print(f"done in {(time.time() - began) / 60:.1f} minutes. The policy is in "
-          f"{folder}/step-{args.updates:06d}. Next:\n    python evaluate.py --model "
-          f"{shlex.quote(str(folder))}/step-{args.updates:06d} --show 4 {sft.flags_again(args)}")
+    last = shlex.quote(f"{policy.folder}/step-{args.updates:06d}")
+    print(f"done in {(time.time() - began) / 60:.1f} minutes. Next:\n"
+          f"    python evaluate.py --ood --show 2 --model {last}")
 
 
 class Policy:
-    """What learns, and what a run keeps: model, critic, optimiser, counts, run folder."""
+    """What learns, and what a run keeps: model, critic, optimiser, counts of tokens, run folder."""
 
     def __init__(self, args):
-        self.args = args
+        self.args, self.first = args, 0
         print(f"PPO on {args.task}, seed {args.seed}: {args.updates} updates of {args.episodes} "
               f"episodes, {torch.get_num_threads()} threads", flush=True)
         start = args.init or make_start(args)
         self.backbone = sft.open_backbone(args, start)
-        args.max_new_tokens = sft.answer_length(self.backbone, args, args.tries)
+        self.start = sft.open_backbone(args, start) if args.kl_coef > 0 else None
         model = self.backbone.model
         sft.freeze(model, args.freeze)
+        args.max_new_tokens = sft.answer_length(self.backbone, args, args.tries)
         hidden = model.config.get_text_config().hidden_size
         self.head = build_value_head(hidden, args.seed).to(self.backbone.device)
         self.optimizer = sft.adamw(
             [{"params": [p for p in model.parameters() if p.requires_grad], "lr": args.lr},
              {"params": list(self.head.parameters()), "lr": args.value_lr}], (0.9, 0.999))
-        self.size = task_parameters(model, pictured(args.task))
-        # tokens through SFT before this run, through PPO's training passes, read by the sampler
+        # through SFT before this run; through PPO's training passes; read by the sampler
         self.counts = {"init": sft.tokens_before(start), "trained": 0, "sampled": 0}
-        self.start = sft.open_backbone(args, start) if args.kl_coef > 0 else None
-        self.first = 0
         if args.inspect:
-            if (pathlib.Path(start) / "state.pt").exists():         # the critic of that checkpoint
-                state = torch.load(pathlib.Path(start) / "state.pt", weights_only=True,
-                                   map_location=self.backbone.device)
-                self.head.load_state_dict(state.get("head", self.head.state_dict()))
+            if (pathlib.Path(start) / "state.pt").exists():
+                self.head.load_state_dict(load_state(start).get("head", self.head.state_dict()))
             return
         self.folder = sft.open_run(args.out or f"runs/rl-{args.task}-s{args.seed}", args, "rl")
         saved = checkpoints(self.folder) if args.resume else []
@@ -515,14 +483,10 @@ class Policy:
             for row, copy in zip(rows, copies):
                 row["start_logprobs"] = copy["logprobs"]
 
-    def count(self, rows, numbers):
-        """Add the tokens of an update."""
-        self.counts["trained"] += numbers["tokens_trained"]
-        self.counts["sampled"] += sum(len(row["ids"]) for row in rows)
-
     def compute(self):
         """FLOPs so far, see `compute`."""
-        return compute(self.args.task, self.size, self.counts, 3 if self.start else 2)
+        size = task_parameters(self.backbone.model, pictured(self.args.task))
+        return compute(self.args.task, size, self.counts, 3 if self.start else 2)
 
     def measure(self, step, hands):
         """Evaluate on seen and held-out hands, print, and write eval.jsonl."""
@@ -592,9 +556,7 @@ def one_line(row):
             + (f"  CUT OFF {row['cut']:.1%} of answers" if row["cut"] > 0.02 else ""))
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Checks, and a look at one conversation
-# ------------------------------------------------------------------------------------------------
+# -------- 6. Checks, and a look at one conversation
 
 
 def complaints(rows, episodes, backbone, split, temperature=0.6):
@@ -602,13 +564,17 @@ def complaints(rows, episodes, backbone, split, temperature=0.6):
 
     They cost nothing and catch the classic silent bugs of this kind of code.
     """
-    found = []
-    sampled = torch.tensor([p for e in episodes for t in e.turns for p in t.logprobs])
-    scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])]).cpu()
+    sampled, scored = both_logprobs(rows, episodes)
     if len(sampled) != len(scored):
         return [f"{len(sampled)} tokens were sampled, {len(scored)} are masked: the loss mask is "
                 "off"]
-    gap, limit = log_gap(sampled, scored, backbone, temperature)
+    found, gaps = [], (sampled - scored).abs()
+    # float32 on a CPU: the largest gap. Elsewhere bf16 rounds differently in batches of other
+    # shapes, and a low temperature magnifies that: a few tokens may differ much, all of them on
+    # average only if something is wrong.
+    exact = backbone.device.type == "cpu" and backbone.model.dtype == torch.float32
+    gap, limit = (gaps.max(), 1e-4 / min(1, temperature)) if exact else (
+        gaps.mean(), 0.05 / temperature)
     if not gap < limit:
         found.append(f"sampler and update disagree on log p by {gap:.2g}: wrong temperature, "
                      "positions, padding side or shift")
@@ -619,17 +585,10 @@ def complaints(rows, episodes, backbone, split, temperature=0.6):
     return found
 
 
-def log_gap(sampled, scored, backbone, temperature):
-    """(gap, limit) between log p of the sampler and of the scoring pass, both (N,).
-
-    float32 on a CPU: the largest gap. Elsewhere bf16 rounds differently in batches of other shapes,
-    and a low temperature magnifies that: a few tokens may differ much, all of them on average only
-    if something is wrong.
-    """
-    gaps = (sampled - scored).abs()
-    if backbone.device.type == "cpu" and backbone.model.dtype == torch.float32:
-        return gaps.max().item(), 1e-4 / min(1, temperature)
-    return gaps.mean().item(), 0.05 / temperature
+def both_logprobs(rows, episodes):
+    """log p of all sampled tokens, (N,) each: as the sampler saw it, as the scoring pass does."""
+    scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])]).cpu()
+    return torch.tensor([p for e in episodes for t in e.turns for p in t.logprobs]), scored
 
 
 def self_check(rows, episodes, backbone, split, temperature=0.6):
@@ -637,11 +596,9 @@ def self_check(rows, episodes, backbone, split, temperature=0.6):
     found = complaints(rows, episodes, backbone, split, temperature)
     if found:
         raise Problem(f"self-check: {found[0]}")
-    sampled = torch.tensor([p for e in episodes for t in e.turns for p in t.logprobs])
-    scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])]).cpu()
-    gap, _ = log_gap(sampled, scored, backbone, temperature)
-    return (f"self-check: log p of sampler and update within {gap:.1e}, {len(scored)} tokens "
-            f"sampled and masked, {1 - cut(episodes):.1%} of answers ended"
+    sampled, scored = both_logprobs(rows, episodes)
+    return (f"self-check: log p of sampler and update within {(sampled - scored).abs().max():.1e}, "
+            f"{len(scored)} tokens sampled and masked, {1 - cut(episodes):.1%} of answers ended"
             + ", no held-out hand or route" * (split == "train"))
 
 
@@ -676,9 +633,7 @@ def inspect(args):
         print(line)
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. The start, and the command line
-# ------------------------------------------------------------------------------------------------
+# -------- 7. The start, and the command line
 
 
 def make_start(args):

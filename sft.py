@@ -40,6 +40,7 @@ import string
 import sys
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 # Before torch loads: threads that spin while they wait would slow every other busy program.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -57,15 +58,15 @@ TASKS = [f"{name}-{sense}" for name in ENVIRONMENTS for sense in ("l", "vl")]   
 DEFAULT_MODEL = {task: HERE / "backbones" / task.split("-")[0] for task in TASKS}
 # Where V-IRL trains, and where it meets streets, names and houses that it has never seen.
 TRAINING_CITY, *OTHER_CITIES = virl_env.CITIES
+# What the rule OOD changes: arguments of the environment.
+OTHER_RULE = {"gp": {"rule": "face", "face": True}, "virl": {"rule": "relative"}}
 
 
 class Problem(Exception):
     """Something the user can put right. `guarded` prints it as one line and exits with code 2."""
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. Conversation -> token ids and loss mask
-# ------------------------------------------------------------------------------------------------
+# -------- 1. Conversation -> token ids and loss mask
 
 
 @dataclass
@@ -161,9 +162,7 @@ def by_length(rows, size):
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Log-probabilities
-# ------------------------------------------------------------------------------------------------
+# -------- 2. Log-probabilities
 
 
 def trunk(backbone, ids, lengths, pictures=None):
@@ -186,8 +185,7 @@ def trunk(backbone, ids, lengths, pictures=None):
 def precision(backbone):
     """The context of a forward pass: float32 weights are multiplied in bf16 on a GPU.
 
-    On a CPU they stay float32. Weights that are bf16 already need no autocast: the model's own code
-    takes its norms and softmax to float32. Log-probabilities and the critic are float32 throughout.
+    On a CPU they stay float32. Log-probabilities and the critic are float32 everywhere.
     """
     on = backbone.device.type == "cuda" and backbone.model.dtype == torch.float32
     return torch.autocast(backbone.device.type, torch.bfloat16, enabled=on)
@@ -225,9 +223,7 @@ def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
     return logprobs.gather(1, ids[:, 1:][wanted][:, None])[:, 0], entropy
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Loss, gradients, one step of the optimiser
-# ------------------------------------------------------------------------------------------------
+# -------- 3. Loss, gradients, one step of the optimiser
 
 
 def sft_loss(backbone, rows, micro_batch, backward=True):
@@ -257,8 +253,7 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
 def learning_mode(backbone, on):
     """Switch gradient checkpointing on for a backward pass, if it was asked for.
 
-    Hugging Face ties it to train mode; sampling in train mode with checkpointing gives wrong
-    tokens, silently. So: train mode for backward passes of checkpointed models, else eval mode.
+    Hugging Face ties it to train mode, and sampling in train mode gives wrong tokens, silently.
     """
     backbone.model.train(on and backbone.checkpointing)
 
@@ -294,9 +289,7 @@ def take_step(optimizer, norms):
     return fine
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. The loop, and what it is given for a task
-# ------------------------------------------------------------------------------------------------
+# -------- 4. The loop, and what it is given for a task
 
 
 def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=False, probe=None,
@@ -305,9 +298,8 @@ def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=Fa
 
     draw(step) -> list of conversations and rate(step) -> learning rate are functions of the step
     alone, so that a resumed run sees what an unbroken one would have seen. stop: steps in all.
-    save_at: steps after which `step-000123` is written, beside the last.
-    probe(backbone) -> dict of extra metrics for each checkpoint. size: parameters, and tokens:
-    tokens seen before this run, both for the count of FLOPs (README eq. 6).
+    save_at: steps after which `step-000123` is written. probe(backbone) -> dict of extra metrics
+    of a checkpoint. size, tokens: parameters, tokens seen before this run (README eq. 6).
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -348,37 +340,30 @@ def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=Fa
 def run_sft(args, folder, stop, backbone):
     """Fine-tune on expert answers under the training rule. Returns the last checkpoint.
 
-    The data and the learning-rate schedule depend on (seed, steps, batch, lr) alone, so the START
-    of RL (an early `stop`) is to the last bit a point of the longer run with the same flags.
+    The START of RL (an early `stop`) is to the last bit a point of the run with these flags.
     """
     freeze(backbone.model, args.freeze)
     options, name = game_options(args), args.task.split("-")[0]
     expert = ENVIRONMENTS[name].expert_conversation
+    ruled = {"rule": "varied"} if args.vary_rule else {}
 
     def draw(step):
         """The batch of a step: expert conversations of the training split."""
         rng = np.random.default_rng([2, args.seed, step])
-        made = [expert(rng, split=args.split, **options) for _ in range(args.batch)]
+        made = [expert(rng, split=args.split, revise=args.revise, **options | ruled)
+                for _ in range(args.batch)]
         for first, *_ in made if args.drop_pictures else ():
             first.pop("image", None)
         return made
 
     def held_out(**shift):
-        """256 encoded conversations of the validation split, other cities taking turns."""
-        rng, how = np.random.default_rng([3]), {"split": "val"} | options | shift
-        cities = how.pop("cities", None) or [options.get("where")]
-        return [encode(backbone, expert(rng, **how | ({"where": cities[i % len(cities)]}
-                                                      if name == "virl" else {})))
-                for i in range(256)]
+        """256 encoded conversations of the validation split."""
+        rng = np.random.default_rng([3])
+        return [encode(backbone, expert(rng, split="val", **options | shift)) for _ in range(256)]
 
     asked = {"id": held_out()}
-    if args.ood:        # what differs from training: the rule; then what meets the eye
-        asked["ood"] = held_out(**({"rule": "face", "face": True} if name == "gp" else
-                                   {"rule": "relative"}))
-    if args.ood and args.task == "gp-vl":
-        asked["visual"] = held_out(suits="red")
-    elif args.ood and name == "virl":
-        asked["visual"] = held_out(cities=places(args)[1], split="all")
+    if args.ood:
+        asked["ood"] = held_out(**OTHER_RULE[name])
 
     def probe(backbone):
         """How surprised is the model by right answers it was not trained on?
@@ -386,8 +371,8 @@ def run_sft(args, folder, stop, backbone):
         Under the new rule this climbs while the training loss falls: memorisation, seen without
         playing a single game.
         """
-        return {f"{name}_nll": sft_loss(backbone, rows, args.micro_batch, backward=False)[0]
-                for name, rows in asked.items()}
+        return {f"{cell}_nll": sft_loss(backbone, rows, args.micro_batch, backward=False)[0]
+                for cell, rows in asked.items()}
 
     warmup = max(1, int((0.03 if args.preset else 0.01) * args.steps))
     save_at = {start_step(args), *range(args.save_every, args.steps, args.save_every)}
@@ -399,15 +384,15 @@ def run_sft(args, folder, stop, backbone):
 
 
 def start_step(args):
-    """The step of SFT that RL starts from.
+    """The step of SFT that RL starts from (paper: 400 for cards, 25 for walks).
 
     The backbone of walks knows the skill and lacks the format alone: after 12 steps it has 84 to 89
-    of 100 actions right on seen routes (the paper's start, under the other rule: 81); after 40 (97
-    of 100) little would be left to gain. Paper: 400 for cards, 25 for walks.
+    of 100 actions right on seen routes; after 40 (97 of 100) little would be left to gain.
     """
+    cards = args.task.startswith("gp")
     if args.preset:
-        return 400 if args.task.startswith("gp") else 25
-    return 60 if args.task.startswith("gp") else 12
+        return 400 if cards else 25
+    return 60 if cards else 12
 
 
 def game_options(args):
@@ -416,27 +401,21 @@ def game_options(args):
     GP-VL trains on black suits, so that red ones are a visual shift (paper, section 5.2); V-IRL on
     the walks of one city.
     """
-    options = picture_options(args)
     if args.task.startswith("virl"):
-        options["where"] = places(args)[0]
-    elif args.task == "gp-vl":
-        options["suits"] = "black"
-    return options
+        return picture_options(args) | {"where": places(args)[0]}
+    return picture_options(args) | ({"suits": "black"} if pictured(args.task) else {})
 
 
 def picture_options(args):
     """How a task shows its pictures: arguments of its environment, none for a task in words."""
     if not pictured(args.task):
         return {}
-    announce = {} if args.announce else {"announce": False}
-    return {"picture": picture_size(args.picture_size)} | announce
+    return {"picture": picture_size(args.picture_size)} | (
+        {} if args.announce else {"announce": False})
 
 
 def places(args):
-    """V-IRL: (where training walks, [where the visual OOD is measured]).
-
-    Each is what virl_env.open_atlas takes: a generated city's name, or a folder of routes.
-    """
+    """V-IRL: (where training walks, [where the visual OOD is measured])."""
     return args.routes or TRAINING_CITY, [args.other_routes] if args.other_routes else OTHER_CITIES
 
 
@@ -455,24 +434,16 @@ def freeze(model, what):
     """Keep a part as it is, as the paper's ablation of SFT in pictures does (Fig. 16).
 
     what: "vision" for the eyes; "adapter" for the eyes and the projector behind them; None or
-    "none" for nothing. Layers that look at a picture (Mllama) belong to the language model here.
-    Raises Problem if the model has no such part.
+    "none". Layers that look at a picture (Mllama) belong to the language model here.
     """
-    eyes = ("vision_model", "vision_tower", "visual.blocks", "visual.patch_embed")
-    parts = {"vision": eyes,
-             "adapter": (*eyes, "multi_modal_projector", "connector", "visual.merger")}
-    parts = parts.get(what, ())
-    frozen = [p for name, p in model.named_parameters() if any(part in name for part in parts)]
-    if parts and not frozen:
-        raise Problem(f"--freeze {what}: this model has no such part")
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    parts = {"vision": ("vision_model", "visual.blocks", "visual.patch_embed")}
+    parts["adapter"] = (*parts["vision"], "multi_modal_projector", "connector", "visual.merger")
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in parts.get(what, ())):
+            parameter.requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Run folders: args.json, metrics.jsonl, step-000123/. A kill at any moment loses nothing: files
-# are written aside and moved into place
-# ------------------------------------------------------------------------------------------------
+# -------- 5. Run folders. A kill at any moment loses nothing: files are written aside and moved
 
 
 def save_checkpoint(folder, backbone, state=None):
@@ -485,10 +456,9 @@ def save_checkpoint(folder, backbone, state=None):
     shutil.rmtree(aside, ignore_errors=True)            # what a kill may have left
     aside.mkdir(parents=True)
     try:
-        backbone.model.save_pretrained(aside)
-        backbone.tokenizer.save_pretrained(aside)
-        if backbone.processor is not None:
-            backbone.processor.save_pretrained(aside)
+        for part in (backbone.model, backbone.tokenizer, backbone.processor):
+            if part is not None:
+                part.save_pretrained(aside)
         if state is not None:
             torch.save(state, aside / "state.pt")
     except Exception as error:      # torch and safetensors have errors of their own for a full disk
@@ -504,57 +474,35 @@ def save_checkpoint(folder, backbone, state=None):
 def load_state(folder, model=None, **owners):
     """Read state.pt of a checkpoint, and give its parts back to their owners. Returns the dict.
 
-    model: a Backbone that takes the checkpoint's weights; owners: e.g. optimizer=..., whatever has
-    load_state_dict and was saved under that name. Raises Problem if the file is missing, damaged,
-    not plain data, or of another run.
+    model: a Backbone that takes the checkpoint's weights; owners: e.g. optimizer=..., saved under
+    that name. Raises Problem if the file is damaged, not plain data, or of another run.
     """
     folder = pathlib.Path(folder)
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        if not (isinstance(state["tokens"], int) and state["tokens"] >= 0):
-            raise ValueError("its count of tokens is no such number")
+        assert isinstance(state["tokens"], int), "its count of tokens is no number"
         for name, owner in owners.items():
             owner.load_state_dict(state[name])
         if model is not None:
             saved = load_backbone(folder, dtype=str(model.model.dtype).removeprefix("torch."))
             model.model.load_state_dict(saved.model.state_dict())
         return state
-    except FileNotFoundError:
-        raise Problem(f"{folder}: no state.pt there: not a checkpoint to resume from") from None
     except torch.OutOfMemoryError:
         raise
     except Exception as error:      # each reader has errors of its own
-        raise Problem(f"{folder}: state.pt is damaged, or of another run ({type(error).__name__}); "
-                      "delete this checkpoint folder and resume from the one before") from None
+        raise Problem(f"{folder}: state.pt is damaged or of another run ({type(error).__name__}): "
+                      "delete this folder and resume from the checkpoint before") from None
 
 
 def tokens_before(model):
     """Training tokens that a model has seen already, as a checkpoint of a run tells; else 0."""
-    has_state = (pathlib.Path(model) / "state.pt").exists()
-    return load_state(model)["tokens"] if has_state else 0
+    return load_state(model)["tokens"] if (pathlib.Path(model) / "state.pt").exists() else 0
 
 
 def checkpoints(folder):
     """The complete checkpoints of a run folder, oldest first, as (step, path)."""
-    found = [(int(path.name[5:]), path) for path in pathlib.Path(folder).glob("step-*")
-             if path.name[5:].isdecimal() and (path / "config.json").exists()]
-    return sorted(found)
-
-
-def write_json(path, value):
-    """Write a small JSON file atomically."""
-    aside = pathlib.Path(path).with_name(f".{pathlib.Path(path).name}.tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    aside.rename(path)
-
-
-def read_json(path):
-    """The dict in a JSON file; {} if there is none, or none that can be read."""
-    try:
-        value = json.loads(pathlib.Path(path).read_text())
-        return value if isinstance(value, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
+    return sorted((int(path.name[5:]), path) for path in pathlib.Path(folder).glob("step-*")
+                  if path.name[5:].isdecimal() and (path / "config.json").exists())
 
 
 def read_lines(path):
@@ -563,14 +511,13 @@ def read_lines(path):
     Raises Problem for damage further up: what stands behind it would be lost.
     """
     rows = []
-    lines = pathlib.Path(path).read_bytes().splitlines() if pathlib.Path(path).exists() else []
+    lines = pathlib.Path(path).read_text().splitlines() if pathlib.Path(path).exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
+            rows.append(json.loads(line))
+        except ValueError:
             if number < len(lines):
-                raise Problem(f"{path}, line {number}: damaged; mend it, or move the file "
-                              "away") from None
+                raise Problem(f"{path}, line {number}: damaged; move the file away") from None
     return rows
 
 
@@ -583,10 +530,10 @@ class Metrics:
 
     def __init__(self, folder, resume_at=None, name="metrics.jsonl"):
         path = pathlib.Path(folder) / name
-        kept = [row for row in read_lines(path) if row["step"] <= resume_at] if (
-            resume_at is not None) else []
+        rows = [] if resume_at is None else read_lines(path)
         aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows
+                                 if row["step"] <= resume_at))
         self.file = open(aside.rename(path), "a", buffering=1)
 
     def write(self, row):
@@ -597,32 +544,25 @@ class Metrics:
 
 
 # Flags that change no result; with any other changed, --resume would mix two runs.
-FREE = ("resume", "out", "threads", "stop_step", "micro_batch", "grad_checkpoint")
+FREE = ("resume", "out", "threads", "micro_batch", "grad_checkpoint")
 
 
 def open_run(folder, args, kind):
-    """Create a run folder and write args.json, or check that --resume goes on with the same run.
-
-    Raises Problem for a folder that holds another run, or that another process is writing to.
-    """
+    """Create a run folder and write args.json, or check that --resume goes on with the same run."""
     folder = pathlib.Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise Problem(f"--out {folder}: that is a file, not a folder")
+    known, before = folder / "args.json", {}
     settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in FREE}
     for key in ("model", "init"):       # the same run, however its folder is spelt
-        path = pathlib.Path(settings.get(key) or "")
+        path = pathlib.Path(settings.get(key) or "").resolve()
         if settings.get(key) and path.exists():
-            inside = HERE in path.resolve().parents
-            settings[key] = str(path.resolve().relative_to(HERE) if inside else path.resolve())
-    before = read_json(folder / "args.json")
-    if (folder / "args.json").exists():
+            settings[key] = str(path.relative_to(HERE) if HERE in path.parents else path)
+    if known.exists() or checkpoints(folder):
         if not args.resume:
-            raise Problem(f"{folder} holds a run already: add --resume to go on with it, or give "
-                          "another --out")
-        if not before:
-            raise Problem(f"{folder}/args.json is damaged: give another --out")
-    elif checkpoints(folder) or (folder / "metrics.jsonl").exists():
-        raise Problem(f"{folder} holds a run without its args.json: give another --out")
+            raise Problem(f"{folder} holds a run already: --resume it, or give another --out")
+        try:
+            before = dict(json.loads(known.read_text()))
+        except (OSError, ValueError, TypeError):
+            raise Problem(f"{known} is missing or damaged: give another --out") from None
     # a key that is not there is a flag that did not exist then
     changed = sorted(k for k in settings.keys() & before.keys() if before[k] != settings[k])
     if changed:
@@ -631,57 +571,38 @@ def open_run(folder, args, kind):
                       f"({before[key]}, now {settings[key]})")
     folder.mkdir(parents=True, exist_ok=True)
     hold(folder)
-    write_json(folder / "args.json", settings)
+    aside = known.with_suffix(".tmp")
+    aside.write_text(json.dumps(settings, indent=1) + "\n")
+    aside.rename(known)
     return folder
 
 
+held = []       # open lock files: they unlock when the process ends, however it ends
+
+
 def hold(folder):
-    """Keep other processes out of a run folder while this one lives. Raises Problem if one is in.
-
-    The lock goes with the process, also when it is killed.
-    """
-    try:
-        import fcntl                    # not on Windows: no lock there
-    except ImportError:
-        return
-    lock = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise Problem(f"{folder} is in use by another run: wait for it, or give another "
-                      "--out") from None
-    held.append(lock)                   # closed, and so unlocked, with the process
-
-
-held = []
+    """Keep other processes out of a run folder while this one lives. Raises Problem."""
+    if sys.platform != "win32":
+        import fcntl
+        held.append(open(folder / ".lock", "w"))
+        try:
+            fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Problem(f"{folder} is in use by another run: give another --out") from None
 
 
 def progress(steps, name, unit):
-    """tqdm in a terminal; elsewhere (a log file) a plain line a minute."""
-    if sys.stderr.isatty():
-        yield from tqdm(steps, name, unit=unit, initial=steps.start, total=steps.stop,
-                        leave=False, dynamic_ncols=True)
-        return
-    began = told = time.time()
-    for step in steps:
-        yield step
-        done = step + 1 - steps.start
-        if time.time() - told > 60:
-            told = time.time()
-            left = (told - began) / done * (steps.stop - step - 1)
-            print(f"  {name}: {unit} {step + 1} of {steps.stop}, {left / 60:.1f} min left",
-                  flush=True)
+    """tqdm over a range of steps; in a log file its line comes once a minute."""
+    return tqdm(steps, name, unit=unit, initial=steps.start, total=steps.stop, dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 60)
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Loading a model, and finding out how to talk to it
-# ------------------------------------------------------------------------------------------------
+# -------- 6. Loading a model, and finding out how to talk to it
 
 
 def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
     """Load a text or vision-language chat model from a folder or, by name, from the hub.
 
-    dtype of the weights: float32, or bfloat16 with half the memory (see AdamW16 and `precision`).
     Returns a Backbone. Raises Problem for a missing folder, a damaged file, a model that the hub
     does not hand out, or one that cannot chat.
     """
@@ -694,8 +615,7 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
     # A hub name is "owner/model"; anything else that is not here would be asked for in vain.
     local = folder.is_absolute() or str(name).count("/") != 1 or folder.parent.exists()
     if local and not (folder / "config.json").exists():
-        raise Problem(f"--model {name}: no config.json there; give a checkpoint folder or a name "
-                      "on the hub (python -m backbones.build makes the small backbones)")
+        raise Problem(f"--model {name}: no config.json there; give a checkpoint or a hub name")
     try:        # a folder from elsewhere runs no code here: neither its modules nor a pickle
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         sees = getattr(config, "vision_config", None) is not None
@@ -709,15 +629,12 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
     except Exception as error:      # the loaders raise a dozen types for one thing: cannot load
         raise Problem(f"--model {name}: {why_not(error, local)}") from None
     # We sample by ourselves; settings for sampling that contradict each other cannot be saved.
-    listed = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=listed,
-                                               pad_token_id=model.generation_config.pad_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     processor, blind = load_processor(name, local, config) if sees else (None, Backbone.blind)
     backbone = wrap_backbone(model.to(device).eval(), tokenizer, name, processor, blind)
     if grad_checkpoint:
-        # Recompute each layer's activations in the backward pass instead of keeping them: about a
-        # third more time, a fraction of the memory, bit-equal gradients. (Newer releases of
-        # transformers renamed the call.)
+        # Activations are computed again in the backward pass: about a third more time, a fraction
+        # of the memory, bit-equal gradients. (Newer releases of transformers renamed the call.)
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         backbone.checkpointing = True
     return backbone
@@ -726,24 +643,17 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
 def why_not(error, local):
     """What a failed load needs, in one line. local: a folder was asked for, not the hub."""
     said = str(error).strip() or type(error).__name__
-    if not local and "gated" in said:
-        return ("its owner asks for consent first: log in on its page on the hub, accept the "
-                "licence, then run `hf auth login` here")
-    if not local and "valid model identifier" in said:
-        return "the hub knows no model of that name, or hides it from you: `hf auth login` first"
+    if not local and ("gated" in said or "valid model identifier" in said):
+        return "no access: accept its licence on its page on the hub, then run `hf auth login`"
     if not local and "connect" in said:
-        return ("it is not on this machine and the hub cannot be reached: download it where there "
-                "is a network (`hf download NAME --local-dir FOLDER`) and give that folder")
-    return (f"cannot load it ({said.splitlines()[0][:200]}). Give a folder with config.json, "
-            "model.safetensors and a tokenizer, or a hub name you have access to")
+        return ("not on this machine, and the hub cannot be reached: where there is a network run "
+                "`hf download NAME --local-dir FOLDER`, and give that folder")
+    return (f"cannot load it ({said.splitlines()[0][:200]}). A folder needs config.json, "
+            "model.safetensors and a tokenizer")
 
 
 def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone.blind):
-    """Find the chat markup, the end tokens and the banned tokens of a model. Returns a Backbone.
-
-    Raises Problem if it cannot chat, or if this project's sampler would not read it as its own
-    class does.
-    """
+    """Find the markup, the end tokens and the banned tokens of a model. Returns a Backbone."""
     template = getattr(tokenizer, "chat_template", None) or getattr(
         processor, "chat_template", None)       # some vision-language models keep it there only
     if not template:
@@ -752,9 +662,10 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
         template = ("{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}" + template)
     tokenizer.chat_template = template
     before_first, before_answer, after_answer = markup(tokenizer, name)
-    end_id = (tokenizer(after_answer.lstrip(), add_special_tokens=False)["input_ids"] or [None])[0]
-    end_text = "" if end_id is None else tokenizer.convert_ids_to_tokens(end_id)
-    if not end_text or not after_answer.lstrip().startswith(end_text):
+    after_answer = after_answer.lstrip()
+    end_id, *_ = tokenizer(after_answer or "?", add_special_tokens=False)["input_ids"]
+    end_text = tokenizer.convert_ids_to_tokens(end_id)
+    if not after_answer.startswith(end_text):
         raise Problem(f"--model {name}: its chat template has no end-of-turn token; unsupported")
     before_picture = ""
     if processor is not None:
@@ -770,7 +681,7 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
         model, tokenizer, before_first=before_first, before_answer=before_answer,
         end_ids=list(dict.fromkeys([end_id] + [i for i in listed if type(i) is int])),
         banned=sorted(i for i in placeholders if type(i) is int and i < rows),
-        before_next=after_answer.lstrip()[len(end_text):], blind=blind,
+        before_next=after_answer[len(end_text):], blind=blind,
         processor=processor if before_picture else None, before_picture=before_picture)
     check_model(backbone, name)
     return backbone
@@ -779,8 +690,8 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
 def markup(tokenizer, name):
     """The pieces of a chat template: (before the first prompt, before an answer, after an answer).
 
-    Real templates are programs. Rather than imitate each, render one conversation with marker words
-    and cut it at the markers. Raises Problem.
+    Real templates are programs. One conversation of marker words is rendered and cut at the
+    markers. Raises Problem.
     """
     marks, trouble = ("UUU", "AAA", "FFF"), "drops or repeats turns"
     for in_parts in (False, True):  # SmolVLM's loses a turn that is not a list of parts
@@ -808,19 +719,16 @@ def markup(tokenizer, name):
 def check_model(backbone, name):
     """Does output layer(trunk) give the model's own logits? Raises Problem.
 
-    One property in place of a list of models: it fails for logits that are scaled or bent behind
-    the output layer, and for a tokenizer of another model.
+    One property in place of a list of models: it fails where logits are scaled or bent.
     """
     model, text = backbone.model, backbone.model.config.get_text_config()
     said = backbone.before_first + string.printable + backbone.before_answer
     ids = backbone.tokenizer(said, add_special_tokens=False)["input_ids"]
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:
-        raise Problem(f"--model {name}: its tokenizer knows more tokens than the model has: they "
-                      "do not belong together")
+        raise Problem(f"--model {name}: its tokenizer is of another model: it knows more tokens")
     # A layer that forgets what is far away, or keeps it in another form, needs another sampler.
     if set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
-        raise Problem(f"--model {name}: some of its layers do not attend to all that was said; "
-                      "not supported")
+        raise Problem(f"--model {name}: some of its layers forget what was said; unsupported")
     ids = torch.tensor([ids[:64]], device=backbone.device)
     hidden = trunk(backbone, ids, torch.tensor([ids.shape[1]], device=backbone.device))
     with precision(backbone):
@@ -828,53 +736,44 @@ def check_model(backbone, name):
         theirs = model(input_ids=ids, use_cache=False).logits.float()
     gap = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)
     if not gap < 0.02:
-        raise Problem(f"--model {name}: its logits are more than output layer(hidden state): they "
-                      f"differ by {gap:.0%}; a model that scales or bends them is not supported")
-
-
-def longest_talk(backbone):
-    """Tokens that a conversation may have: the model's length, or its window of attention."""
-    text = backbone.model.config.get_text_config()
-    windowed = getattr(text, "use_sliding_window", True)
-    window = getattr(text, "sliding_window", None) if windowed else None
-    limits = [getattr(text, "max_position_embeddings", None), window]
-    return min((limit for limit in limits if limit), default=math.inf)
+        raise Problem(f"--model {name}: its logits are not those of its output layer (off by "
+                      f"{gap:.0%}): a model that scales or bends them is unsupported")
 
 
 def answer_length(backbone, args, tries=1):
-    """The longest answer to allow, in tokens: a third more than the longest of 64 expert answers.
+    """The longest answer to allow, in tokens: a quarter more than the longest of 64 of an expert.
 
-    A limit that cuts right answers off would look like a gap under the rule with longer ones. So it
-    follows the tokenizer, and --max-new-tokens overrules it. Raises Problem if a conversation of
-    this many tries cannot fit into the model.
+    A limit that cuts right answers off would look like a gap under the rule with longer ones.
+    --max-new-tokens overrules it. Raises Problem if a conversation does not fit into the model.
     """
     name, rng = args.task.split("-")[0], np.random.default_rng(0)
-    rules = {"gp": ({}, {"rule": "face"}), "virl": ({}, {"rule": "relative"})}[name]
-    rows = [encode(backbone, ENVIRONMENTS[name].expert_conversation(
-        rng, split=args.split if hasattr(args, "split") else "val", **game_options(args), **rule))
-        for _ in range(32) for rule in rules]
+    options = {"split": getattr(args, "split", "val")} | game_options(args)
+    rows = [encode(backbone, ENVIRONMENTS[name].expert_conversation(rng, **options | rule))
+            for _ in range(32) for rule in ({}, OTHER_RULE[name])]
     longest = max(sum(row["mask"]) for row in rows)
-    length = args.max_new_tokens or 16 * math.ceil(longest * 4 / 3 / 16)
+    length = args.max_new_tokens or 8 * math.ceil(longest * 1.25 / 8)
     if length < longest:
         tqdm.write(f"--max-new-tokens {length} cuts off right answers: expert answers have up to "
                    f"{longest} tokens")
-    # a message of the verifier is shorter than an answer
+    # The model's length, or its window of attention. A message is shorter than an answer.
+    text = backbone.model.config.get_text_config()
+    windowed = getattr(text, "use_sliding_window", True)
+    limits = [text.max_position_embeddings, windowed and getattr(text, "sliding_window", None)]
+    limit = min(limit for limit in limits if limit)
     needed = max(len(row["ids"]) for row in rows) + 2 * tries * length
-    if needed > longest_talk(backbone):
-        raise Problem(f"a conversation may need {needed} tokens, this model reads "
-                      f"{longest_talk(backbone)}: lower --tries or --max-new-tokens")
+    if needed > limit:
+        raise Problem(f"a conversation may need {needed} tokens, this model reads {limit}: lower "
+                      "--tries or --max-new-tokens")
     return length
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. Pictures. A language model sees in one of two ways, and these functions keep them apart:
+# -------- 7. Pictures. A language model sees in one of two ways:
 #   placeholders (Idefics3,         the picture takes k places of the sequence; what the eyes saw
 #   SmolVLM, Qwen2.5-VL)            stands there instead of embeddings, attended to as text is
 #   crossing (Mllama, the paper's)  one mark in the sequence; a few layers of their own attend from
 #                                   every token after the mark to the picture, behind gates. Text
 #                                   without a picture skips these layers
 # In both the tensors of a picture travel with their row.
-# ------------------------------------------------------------------------------------------------
 
 
 def crossing_layers(model):
@@ -882,10 +781,9 @@ def crossing_layers(model):
     return list(getattr(model.config.get_text_config(), "cross_attention_layers", None) or [])
 
 
-def mrope(model):
+def mrope(config):
     """True for positions in three dimensions (time, height, width), as in Qwen2.5-VL."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    return "mrope_section" in rope
+    return "mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {})
 
 
 def picture_parameters(model):
@@ -895,35 +793,16 @@ def picture_parameters(model):
     return {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
 
 
-def check_sight(backbone, task, name):
-    """Refuse to show pictures to a model that cannot see. Raises Problem."""
-    if pictured(task) and backbone.processor is None:
-        raise Problem(f"--task {task}: {name} cannot see: {backbone.blind}")
-
-
 def picture_size(text):
     """"640x320" -> (640, 320), pixels; None -> gp_env.PICTURE_SIZE. Raises Problem."""
-    if text is None:
-        return gp_env.PICTURE_SIZE
-    width, _, height = text.lower().partition("x")
     least = gp_env.PICTURE_SIZE
-    if not (width.isdecimal() and height.isdecimal() and least[0] <= int(width) <= 4096
-            and least[1] <= int(height) <= 4096):
-        raise Problem(f"--picture-size {text}: give WIDTHxHEIGHT in pixels, from {least[0]}x"
-                      f"{least[1]} to 4096x4096")
-    return int(width), int(height)
-
-
-@dataclass
-class Pictures:
-    """A processor that does nothing but pictures: Qwen2.5-VL's own wants torchvision for videos."""
-
-    image_processor: object
-    chat_template: str
-
-    def save_pretrained(self, folder):
-        """Write preprocessor_config.json; the tokenizer saves the template."""
-        self.image_processor.save_pretrained(folder)
+    if text is None:
+        return least
+    size = tuple(int(side) if side.isdecimal() else 0 for side in text.lower().split("x"))
+    if len(size) == 2 and least[0] <= size[0] <= 4096 and least[1] <= size[1] <= 4096:
+        return size
+    raise Problem(f"--picture-size {text}: give WIDTHxHEIGHT in pixels, from {least[0]}x{least[1]} "
+                  "to 4096x4096")
 
 
 def load_processor(name, local, config):
@@ -936,24 +815,22 @@ def load_processor(name, local, config):
     if local and not any((pathlib.Path(name) / file).exists() for file in files):
         return None, "it has eyes, but was never trained to see (no processor_config.json)"
     try:
-        if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
-            images = AutoImageProcessor.from_pretrained(name, backend="pil",
-                                                        trust_remote_code=False)
-            return Pictures(images, ProcessorMixin.get_processor_dict(name)[0].get(
-                "chat_template")), ""
-        # SmolVLM's processor asks for torchvision, too; Idefics3's is the same without videos
+        if mrope(config):       # Qwen2.5-VL's own processor wants torchvision, for videos
+            images = AutoImageProcessor.from_pretrained(name, backend="pil")
+            template = ProcessorMixin.get_processor_dict(name)[0].get("chat_template")
+            return SimpleNamespace(image_processor=images, chat_template=template,
+                                   save_pretrained=images.save_pretrained), ""
+        # SmolVLM's asks for it, too; Idefics3's is the same without videos
         kind = Idefics3Processor if config.model_type == "smolvlm" else AutoProcessor
         processor = kind.from_pretrained(name, trust_remote_code=False)
+        processor.image_processor       # a class that the Auto class does not know lacks it
+        return processor, ""
     except Exception as error:      # as many types as in load_backbone
         return None, f"its picture processor does not load ({str(error).strip()[:200]})"
-    if not hasattr(processor, "image_processor"):
-        # The Auto class does this silently when it does not know the class that is asked for
-        return None, "its picture processor came back as a bare tokenizer"
-    return processor, ""
 
 
 def picture_markup(tokenizer, processor, before_answer):
-    """(markup before a first turn with a picture, "") or ("", why the model cannot be shown one)."""
+    """(markup before a first turn with a picture, "") or ("", why the model cannot see one)."""
     shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "UUU"}]}]
     try:
         whole = tokenizer.apply_chat_template(
@@ -974,21 +851,18 @@ def encode_picture(backbone, text, image):
     picture) or a run of placeholders that the trunk replaces by what the eyes saw.
     """
     text = backbone.before_picture + text + backbone.before_answer
-    if crossing_layers(backbone.model):
+    if crossing_layers(backbone.model) or mrope(backbone.model.config):
         ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
         seen = backbone.processor.image_processor([[image]], return_tensors="pt")
-    elif mrope(backbone.model):
-        mark = backbone.model.config.image_token_id
-        ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
-        seen = backbone.processor.image_processor([[image]], return_tensors="pt")
-        patches = int(seen["image_grid_thw"].prod())
-        at = ids.index(mark)
-        ids[at:at + 1] = [mark] * (patches // backbone.processor.image_processor.merge_size ** 2)
-        seen["shift"] = position_shift(backbone, ids, seen["image_grid_thw"])
     else:
         seen = backbone.processor(text=[text], images=[[image]], return_tensors="pt",
                                   add_special_tokens=False)
         ids = seen["input_ids"][0].tolist()
+    if mrope(backbone.model.config):
+        grid, mark = seen["image_grid_thw"], backbone.model.config.image_token_id
+        at, merged = ids.index(mark), backbone.processor.image_processor.merge_size ** 2
+        ids[at:at + 1] = [mark] * (int(grid.prod()) // merged)
+        seen["shift"] = position_shift(backbone, ids, grid)
     # what is left is about the picture; its mask over the tokens grows with the conversation, so it
     # is made where the tokens are (cross_mask)
     apart = ("input_ids", "attention_mask", "token_type_ids", "num_tiles")
@@ -1020,7 +894,7 @@ def shifted(pictures, position):
     shifts = [picture["shift"][0] for picture in pictures]                          # (3, t) each
     longest = max(shift.shape[1] for shift in shifts)
     table = torch.stack([torch.cat([shift, shift[:, -1:].expand(-1, longest - shift.shape[1])], 1)
-                         for shift in shifts], 1).to(position.device)               # (3, B, longest)
+                         for shift in shifts], 1).to(position.device)       # (3, B, longest)
     at = position.clamp(max=longest - 1).expand(3, -1, -1)
     return position + table.gather(2, at)
 
@@ -1037,17 +911,15 @@ def picture_inputs(backbone, ids, pictures, position):
                 "cross_attention_mask": cross_mask(backbone, ids, tiles)}
     # the placeholders take what was seen one by one, row after row
     joined = join_pictures(backbone, pictures)
-    return joined | ({"position_ids": shifted(pictures, position)} if mrope(backbone.model) else {})
+    if mrope(backbone.model.config):
+        joined["position_ids"] = shifted(pictures, position)
+    return joined
 
 
 def join_pictures(backbone, pictures):
-    """The tensors of all pictures of a batch, joined. Raises Problem if they differ in shape."""
-    try:
-        joined = {key: torch.cat([picture[key] for picture in pictures]).to(backbone.device)
-                  for key in pictures[0] if key != "shift"}
-    except RuntimeError:
-        raise Problem("the pictures of a batch differ in shape for this model: draw all in one "
-                      "--picture-size") from None
+    """The tensors of all pictures of a batch, joined, in the dtype of the weights."""
+    joined = {key: torch.cat([picture[key] for picture in pictures]).to(backbone.device)
+              for key in pictures[0] if key != "shift"}
     return {key: value.to(backbone.model.dtype) if value.is_floating_point() else value
             for key, value in joined.items()}
 
@@ -1071,16 +943,13 @@ def cross_mask(backbone, ids, tiles, passed=False):
     return ((after | passed)[:, :, None] * tiles[:, None, :])[:, :, None, :]
 
 
-# ------------------------------------------------------------------------------------------------
-# 8. An optimiser for bf16 weights
-# ------------------------------------------------------------------------------------------------
+# -------- 8. An optimiser for bf16 weights
 
 
 def halve(master):
     """float32 -> (bfloat16, int16) of the same shape; `rejoin` gives back every bit.
 
-    A bfloat16 is the upper half of the 32 bits of a float32. What rounding to the nearest leaves
-    over, read as an integer, lies in -32768..32767: exactly what 16 bits can hold.
+    A bfloat16 is the upper half of a float32. What rounding leaves over fits into 16 bits.
     """
     bits = master.view(torch.int32)
     upper = (bits + 0x8000) & -0x10000          # add half a unit, then clear the lower 16 bits
@@ -1104,22 +973,19 @@ class AdamW16(torch.optim.Optimizer):
     """AdamW without weight decay (Loshchilov and Hutter 2019) in 10 bytes a parameter, not 16.
 
     Why plain bf16 stands still: it has 8 bits of mantissa. The neighbours of a weight of 0.02 are
-    1.2e-4 away, a step of Adam is about lr = 1e-6, and 0.02 + 1e-6 rounds back to 0.02. (Weights of
-    standard deviation 0.02: after 100 equal steps they have moved by 2 % of what was asked.) The
-    usual cure, float32 copies of weights and moments, needs 16 bytes a parameter: 171 GB at 11B.
+    1.2e-4 away, a step of Adam is about lr = 1e-6, and 0.02 + 1e-6 rounds back to 0.02. The usual
+    cure, float32 copies of weights and moments, needs 171 GB at 11B; this needs 107:
 
                     bytes
         weight      2       bf16, what the model computes with
-        gradient    2       bf16. A sum of 64 micro-batches is off by 1 % of its length, of 250
-                            by 2 %, at random: little beside the noise of a batch
-        rest        2       int16: weight and rest together are the float32 weight (`halve`)
-        moments     2 + 2   bf16, rounded by chance. To the nearest they would stand still, too: at
+        gradient    2       bf16
+        rest        2       weight and rest together are the float32 weight (`halve`)
+        moments     2 + 2   bf16, rounded by chance: to the nearest they would stand still, too. At
                             beta2 = 0.999 the second one changes by 1/1000 of itself a step, and its
                             neighbours are 1/256 to 1/128 away
 
-    107 GB at 11B; weights that no gradient reaches (text: the eyes) cost 2 bytes. The critic is
-    float32 and keeps float32 moments. The generator of the random rounding is seeded with the
-    number of the step, so there is no state of it to save.
+    The critic is float32 and keeps float32 moments. The generator of the random rounding is seeded
+    with the number of the step, so there is no state of it to save.
     """
 
     def __init__(self, groups, betas, eps=1e-7, chunk=2 ** 24):
@@ -1134,18 +1000,15 @@ class AdamW16(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                if not state:
-                    state["step"] = 0
-                    state["first"] = torch.zeros_like(parameter)
-                    state["second"] = torch.zeros_like(parameter)
-                    state["rest"] = torch.zeros_like(parameter, dtype=torch.int16)
-                state["step"] += 1
-                generator = torch.Generator(parameter.device).manual_seed(
-                    1_000_003 * i + state["step"])
-                parts = [x.view(-1).split(self.chunk) for x in (
+                for name in ("first", "second", "rest"):
+                    state.setdefault(name, torch.zeros_like(parameter))
+                state["step"] = state.get("step", 0) + 1
+                generator = torch.Generator(parameter.device)
+                generator.manual_seed(1_000_003 * i + state["step"])
+                flat = [x.view(-1).split(self.chunk) for x in (
                     parameter.grad.contiguous(), parameter, state["first"], state["second"],
                     state["rest"])]
-                for chunk in zip(*parts):
+                for chunk in zip(*flat):
                     self.move(*chunk, group, state["step"], generator)
 
     def move(self, gradient, weight, first, second, rest, group, step, generator):
@@ -1155,27 +1018,18 @@ class AdamW16(torch.optim.Optimizer):
         m = first.float() * beta1 + gradient.float() * (1 - beta1)
         v = second.float() * beta2 + gradient.float().square() * (1 - beta2)
         way = (m / (1 - beta1 ** step)) / ((v / (1 - beta2 ** step)).sqrt() + group["eps"])
-        moved = (rejoin(weight, rest) if half else weight) - group["lr"] * way
+        # The 16 bits of `rest` are kept under the name of bf16: torch casts the state that it loads
+        # to the weight's dtype, and leaves that alone.
+        moved = (rejoin(weight, rest.view(torch.int16)) if half else weight) - group["lr"] * way
         if half:
             moved, new_rest = halve(moved)
-            rest.copy_(new_rest)
+            rest.view(torch.int16).copy_(new_rest)
         weight.copy_(moved)
         first.copy_(stochastic(m, generator) if half else m)
         second.copy_(stochastic(v, generator) if half else v)
 
-    def load_state_dict(self, saved):
-        """Go on from a `state_dict`. (torch's own would turn the int16 rest into the weight's
-        dtype.)"""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for key, state in saved["state"].items():
-            parameter = parameters[key]
-            self.state[parameter] = {name: value if name == "step" else value.to(parameter.device)
-                                     for name, value in state.items()}
 
-
-# ------------------------------------------------------------------------------------------------
-# 9. Command line
-# ------------------------------------------------------------------------------------------------
+# -------- 9. Command line
 
 # --preset paper: the flags of the paper's runs (appendix C, and its scripts) on one GPU: what eight
 # processed at once, one accumulates. Steps are 800,000 examples; for walks, and the starts of the
@@ -1191,15 +1045,11 @@ for seeing in ("gp-vl", "virl-vl"):
 
 
 def guarded(main):
-    """Run a script's main(): a Problem, a full disk or Ctrl-C end in one clear line, no traceback.
-
-    Returns the exit code: 0 fine, 2 a problem, 130 stopped by the user.
-    """
+    """Run a script's main(): what the user can put right ends in one clear line, exit code 2."""
     name = pathlib.Path(sys.argv[0]).name
     again = "run it again" if name == "evaluate.py" else "go on with --resume"
     for stream in (sys.stdout, sys.stderr):     # a model may say what a terminal cannot print
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+        getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         main()
         sys.stdout.flush()
@@ -1211,13 +1061,11 @@ def guarded(main):
         said = " ".join(str(problem).split())
     except OSError as error:
         full = error.errno == errno.ENOSPC
-        said = ("the disk is full: free some space" if full else str(error))
+        said = "the disk is full: free some space" if full else str(error)
         said += f"; nothing saved before is lost: {again}"
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
-        said = (f"out of {where}: in training lower --micro-batch or add --grad-checkpoint, in "
-                "sampling lower --sample-batch or --batch (the result stays the same), or begin "
-                f"anew with --dtype bfloat16; what was saved is not lost: {again}")
+    except (MemoryError, torch.OutOfMemoryError):
+        said = ("out of memory: lower --micro-batch or add --grad-checkpoint (training), lower "
+                f"--sample-batch or --batch (sampling), or begin with --dtype bfloat16; {again}")
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; {again}", file=sys.stderr)
         return 130
@@ -1230,25 +1078,16 @@ def common_flags(parser):
     yes_or_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("what to run").add_argument
     add("--task", choices=TASKS, default="gp-l", help="default gp-l")
-    add("--ood", action=yes_or_no, default=False, help="also measure what was not trained on: the "
-        "other rule; gp-vl: and the other colour; V-IRL: and other cities")
-    add("--model", help="folder or hub name of a chat model (default: the small backbone; paper: "
-        "Llama-3.2-11B-Vision-Instruct)")
-    add("--picture-size", metavar="WxH", help="-vl: pixels of a picture (default 128x64, what the "
-        "small backbone sees; paper: 1200x1200)")
-    add("--announce", action=yes_or_no, default=True, help="virl-vl: tell when the walker stands "
-        "at an intersection, as the paper does; --no-announce leaves that to the eyes")
-    add("--routes", metavar="FOLDER", help="V-IRL: walk routes in the paper's released format "
-        f"(default: the generated city {TRAINING_CITY})")
-    add("--other-routes", metavar="FOLDER", help="V-IRL: routes of the visual OOD, in the same "
-        "format (default: nine other generated cities)")
-    add = parser.add_argument_group("the run").add_argument
+    add("--ood", action=yes_or_no, default=False, help="also measure what was not trained on")
+    add("--model", help="folder or hub name of a chat model (default: the small backbone)")
+    add("--picture-size", metavar="WxH", help="-vl: pixels (default 128x64; paper: 1200x1200)")
+    add("--announce", action=yes_or_no, default=True, help="virl-vl: tell intersections in words")
+    add("--routes", metavar="FOLDER", help="V-IRL: routes in the paper's released format")
+    add("--other-routes", metavar="FOLDER", help="V-IRL: routes of the visual OOD, the same format")
     add("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
     add("--out", help="run folder (default runs/...); evaluate.py: JSON file for the results")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the weights; bfloat16: 10 bytes a parameter in all instead of 16")
-    add("--max-new-tokens", type=int, default=0, help="longest answer in tokens; 0 = a third more "
-        "than the longest expert answer (paper: 512)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    add("--max-new-tokens", type=int, default=0, help="longest answer; 0: see sft.answer_length")
 
 
 def training_flags(parser):
@@ -1256,22 +1095,27 @@ def training_flags(parser):
     add = parser.add_argument_group("training").add_argument
     add("--seed", type=int, default=0, help="data order and sampling (default 0)")
     add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--split", choices=("train", "all"), default="train",
-        help="hands or routes to train on; all = the paper's setting, nothing held out")
+    add("--split", choices=("train", "all"), default="train", help="all: nothing is held out")
     add("--preset", choices=("paper",), help="the paper's model and settings; given flags win")
     add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
         help="recompute activations: less memory, more time, the same result")
-    add("--freeze", choices=("none", "vision", "adapter"), help="what keeps its weights: the "
-        "eyes, or the eyes and the projector (paper: Fig. 16)")
+    add("--freeze", choices=("none", "vision", "adapter"), help="keeps its weights (Fig. 16)")
 
 
 def parse_flags(parser, task_defaults, presets, argv=None):
     """Parse and check a command line. Returns the Namespace. Raises Problem.
 
-    task_defaults, presets: {task: {flag: default}}; which ones hold is known once --task is read, so
-    it is read first. A flag that is given beats them all.
+    task_defaults, presets: {task: {flag: default}}; so --task is read first.
     """
     first = parser.parse_known_args(argv)[0]
+    # what a checkpoint was trained on is what it plays, unless told otherwise
+    run = getattr(first, "run", None) or pathlib.Path(first.model or "").parent
+    if not presets and (pathlib.Path(run) / "args.json").exists():
+        trained = json.loads((pathlib.Path(run) / "args.json").read_text())
+        same = ("task", "routes", "other_routes", "picture_size", "announce", "dtype",
+                "max_new_tokens")
+        parser.set_defaults(**{key: trained[key] for key in same if key in trained})
+        first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**task_defaults.get(first.task, {}))
     if getattr(first, "preset", None):
         parser.set_defaults(**presets[first.task])
@@ -1286,27 +1130,22 @@ def parse_flags(parser, task_defaults, presets, argv=None):
             raise Problem(f"{flag} {value}: must be at least 1")
     check_task(args)
     args.model = args.model or str(DEFAULT_MODEL[args.task])
-    if args.threads > 4 * (os.cpu_count() or 1):
-        raise Problem(f"--threads {args.threads}: this machine has {os.cpu_count()} cores")
     if args.threads:
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(min(args.threads, os.cpu_count() or 1))
     return args
 
 
 def check_task(args):
     """Refuse flags of another task, and routes that cannot be walked. Raises Problem."""
     picture_size(args.picture_size)
-    wrong = None
-    if args.picture_size and not pictured(args.task):
-        wrong = "--picture-size", "gp-vl or virl-vl"
-    if not args.announce and args.task != "virl-vl":
-        wrong = "--no-announce", "virl-vl"
-    if getattr(args, "drop_pictures", False) and not pictured(args.task):
-        wrong = "--drop-pictures", "gp-vl or virl-vl"
-    if (args.routes or args.other_routes) and not args.task.startswith("virl"):
-        wrong = "--routes", "virl-l or virl-vl"
-    if wrong:
-        raise Problem(f"{wrong[0]} says nothing about {args.task}: add --task {wrong[1]}")
+    fits = {"--picture-size": pictured(args.task) or not args.picture_size,
+            "--no-announce": args.task == "virl-vl" or args.announce,
+            "--vary-rule": args.task.startswith("gp") or not getattr(args, "vary_rule", False),
+            "--drop-pictures": pictured(args.task) or not getattr(args, "drop_pictures", False),
+            "--routes": args.task.startswith("virl") or not (args.routes or args.other_routes)}
+    for flag, fine in fits.items():
+        if not fine:
+            raise Problem(f"{flag} is for another task than {args.task}: see --task")
     # All routes are read before any work is done: a missing panorama would otherwise be found when
     # the first walk comes by, perhaps after hours.
     for folder in filter(None, (args.routes, args.other_routes)):
@@ -1315,33 +1154,18 @@ def check_task(args):
             virl_env.split_routes(len(atlas), "val")
 
 
-def flags_again(args):
-    """What the next command has to repeat to be about the same task, quoted for a shell."""
-    kept = ("task", "ood", "routes", "other_routes", "picture_size", "dtype", "max_new_tokens")
-    given = {name: getattr(args, name) for name in kept}
-    usual = {"task": "gp-l", "dtype": "float32", "ood": False, "max_new_tokens": 0}
-    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
-             for name, value in given.items() if value is not None and value != usual.get(name)]
-    return " ".join(words + ["--no-announce"] * (not args.announce))
-
-
-def pick_device():
-    """A GPU if there is one. (CUDA_VISIBLE_DEVICES= hides it.)"""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def open_backbone(args, name=None):
     """Load the model of a run, args.model or `name`, as its flags say. Returns a Backbone."""
-    backbone = load_backbone(name or args.model, pick_device(),
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = load_backbone(name or args.model, device,
                              getattr(args, "grad_checkpoint", False), args.dtype)
-    check_sight(backbone, args.task, name or args.model)
-    small = sum(p.numel() for p in backbone.model.parameters()) < 5e7
-    if small and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # On a CPU, glibc gives every large tensor fresh pages and hands them back at once; the page
-        # faults cost 15 % of a training step of the small backbone. Let it keep them:
-        # M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB.
-        ctypes.CDLL(None).mallopt(-4, 0)
-        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)
+    if pictured(args.task) and backbone.processor is None:
+        raise Problem(f"--task {args.task}: {name or args.model} cannot see: {backbone.blind}")
+    if sys.platform == "linux" and task_parameters(backbone.model) < 5e7:
+        # glibc hands the pages of every large tensor back at once, and the page faults cost 15 % of
+        # a training step of a small model. Let it keep them: M_MMAP_MAX 0, M_TRIM_THRESHOLD 2 GB.
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1)):
+            getattr(ctypes.CDLL(None), "mallopt", min)(option, value)
     return backbone
 
 
@@ -1362,21 +1186,17 @@ def flags(argv=None):
     common_flags(parser)
     training_flags(parser)
     add = parser.add_argument_group("supervised fine-tuning").add_argument
-    add("--steps", type=int, default=1300, help="optimiser steps; sets the cosine's end (default "
-        "1300; V-IRL: 800)")
+    add("--steps", type=int, default=1300, help="optimiser steps (default 1300; V-IRL: 800)")
     add("--batch", type=int, default=64, help="examples a step (default 64; paper: 128)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3; paper: 1e-6)")
     add("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
-    add("--stop-step", type=int, help="end here, on the schedule of --steps; --resume with a later "
-        "one, or without, goes on")
-    add("--micro-batch", type=int, default=64, help="examples in memory at once; does not change "
-        "the result")
-    add("--drop-pictures", action="store_true", help="-vl: train on words alone, as the collator "
-        "of the paper's released code seems to do by mistake")
-    args = parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), {"steps": 800}), PRESETS, argv)
-    if (args.stop_step or 0) > args.steps:
-        raise Problem("--stop-step must not be above --steps, where the learning rate is 0")
-    return args
+    add("--micro-batch", type=int, default=64, help="examples in memory at once; the same result")
+    add("--revise", type=float, default=0.0, help="share of examples that open with wrong tries "
+        "and the verifier's messages (paper: Fig. 15)")
+    add("--vary-rule", action="store_true", help="gp: train with J, Q, K anywhere in 10..13")
+    add("--drop-pictures", action="store_true", help="-vl: train on words alone, as the paper's "
+        "released collator seems to do by mistake")
+    return parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), {"steps": 800}), PRESETS, argv)
 
 
 def main():
@@ -1388,9 +1208,9 @@ def main():
     freeze(backbone.model, args.freeze)                 # before the run folder is claimed
     answer_length(backbone, args)
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
-    run_sft(args, folder, args.stop_step or args.steps, backbone)
+    run_sft(args, folder, args.steps, backbone)
     print(f"done. Next, play every checkpoint:\n    python evaluate.py --run "
-          f"{shlex.quote(str(folder))} {flags_again(args)}")
+          f"{shlex.quote(str(folder))} --ood")
 
 
 if __name__ == "__main__":
