@@ -6,7 +6,7 @@
   4. --sampler: seconds of playing 256 hands and 64 walks, here or against another checkout
   5. --limits: how near the inner loops come to the limits of the machine
   6. --walks: walks a minute of V-IRL's environment
-  7. the command line: whatever is not said above are flags of rl.py (after --dry-run sft, of sft.py)
+  7. the command line; all other flags are those of rl.py (after --dry-run sft: of sft.py)
 
     python tests/benchmark.py                                   256 hands, the shipped backbone
     python tests/benchmark.py --dry-run --preset paper --random-weights
@@ -374,7 +374,8 @@ PLAYED = {"gp-l": ("hands", 256), "virl-l": ("walks", 64)}
 def time_sampler(task, model, episodes, longest):
     """Play once with the code of CHECKOUT. Returns {"seconds", "cpu", "tokens"} (sampled).
 
-    cpu: seconds that the processor worked for it, which other programs lengthen less. Nothing here may need more than the oldest checkout has: `in_checkout` runs it there, too.
+    cpu: seconds that the processor worked for it, which other programs lengthen less. Nothing here
+    may need more than the oldest checkout has: `in_checkout` runs it there, too.
     """
     torch.set_num_threads(1)
     libc = ctypes.CDLL(None)                    # as a run of the small backbone sets it

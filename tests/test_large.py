@@ -22,8 +22,7 @@ import rl
 import sft
 import test_pictures
 import virl_env
-from backbones import build as make
-from backbones import gp_corpus
+from backbones import build as make, gp_corpus
 from test_evaluate import Rigged
 from test_pictures import SIZE, build, pictured, sampled_and_scored, step_on_meta
 from test_sft import assert_one_line, command, rows_of, same, short_run, text_model
@@ -178,12 +177,15 @@ def test_position_shift_by_hand():
     shift = sft.position_shift(backbone, [7, mark, mark, mark, mark, 8], torch.tensor([[1, 4, 4]]))
     assert shift.tolist() == [[[0, 0, -1, -2, -3, -2], [0, 0, -1, -1, -2, -2],
                                [0, 0, 0, -2, -2, -2]]]
-    count = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7, 8, 9, 10]])
-    where = sft.shifted([{"shift": shift}] * 2, count)
+    other = sft.position_shift(backbone, [7, mark, mark, 8], torch.tensor([[1, 2, 4]]))
+    count = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7, 8, 9, 10],
+                          [0, 1, 2, 3, 4, 5, 6, 7]])
+    where = sft.shifted([{"shift": shift}, {"shift": shift}, {"shift": other}], count)
     assert where[0, 0].tolist() == [0, 1, 1, 1, 1, 3, 4, 5]
     assert where[2, 0].tolist() == [0, 1, 2, 1, 2, 3, 4, 5]
     assert where[:, 1].tolist() == [[1, 1, 3, 4, 5, 6, 7, 8], [2, 2, 3, 4, 5, 6, 7, 8],
                                     [1, 2, 3, 4, 5, 6, 7, 8]]
+    assert where[0, 2].tolist() == [0, 1, 1, 3, 4, 5, 6, 7]
 
 
 @torch.no_grad()

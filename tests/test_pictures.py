@@ -21,8 +21,7 @@ import evaluate
 import gp_env
 import rl
 import sft
-from backbones import build as make
-from backbones import gp_corpus
+from backbones import build as make, gp_corpus
 from test_evaluate import Rigged
 from test_sft import (Killed, assert_one_line, command, gradients, kill_at, relative_gap, rows_of,
                       same, talk, text_model)
@@ -238,7 +237,8 @@ def step_on_meta(backbone, ids, picture, monkeypatch):
 
 @pytest.mark.parametrize("in_words", [False, True])
 def test_a_recorded_step_never_asks_the_cpu(any_class, in_words, monkeypatch, request):
-    """Catches what a CUDA graph forbids, where there is no GPU: a number read back, a tensor made."""
+    """Catches what a CUDA graph forbids, on a machine without one: a number read back, a tensor
+    made."""
     if sft.mrope(any_class.model) and not in_words:
         request.applymarker(pytest.mark.xfail(strict=True, reason="sft.shifted copies the shift of "
                                               "a picture from the CPU in every step"))
