@@ -618,7 +618,7 @@ def cell_splits(cells, splits, task):
 
 def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temperature=0.6,
              batch=256, blindfold=False, fresh=True, **how):
-    """Play `count` hands or walks of each cell and split.
+    """Play `count` hands or walks of each cell and split, and print a line for each.
 
     Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes, ...}).
 
@@ -642,6 +642,7 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
                       "message": found["success"] - alone["success"],
                       # the first answers of both plays are alike
                       "first_try": (found["first_try"] + alone["first_try"]) / 2}
+        show(name, found)
     return results, kept
 
 
@@ -696,31 +697,28 @@ def evaluate_run(args, cells):
 
 
 def measure_model(args, backbone, cells):
-    """`evaluate` as the flags say; prints a line for each cell."""
-    results, episodes = evaluate(
+    """`evaluate` as the flags say."""
+    return evaluate(
         backbone, cells, args.splits, args.hands, sft.answer_length(backbone, args), args.task,
         args.temperature, args.batch, args.blindfold, tries=args.tries,
         shown=sft.picture_options(args), where=sft.places(args))
-    show(results)
-    return results, episodes
 
 
 # -------- 7. Printing
 
 
-def show(results):
-    """One aligned line for each cell."""
-    for name, m in results.items():
-        line = f"  {name:20s}first answer {m['first_try']:6.1%}"
-        line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
-        low, high = m["interval"]
-        line += f"  conversation {m['success']:6.1%} [{low:.0%}, {high:.0%}]"
-        if "per_step" in m:             # walks
-            line += f"  per step {m['per_step']:6.1%}, on {m['per_step_on']:6.1%}"
-        else:
-            line += f"  read: cards {m['cards_read']:6.1%}, numbers {m['numbers_read']:6.1%}"
-        print(line + (f"  CUT OFF {m['cut']:.1%} of answers" if m["cut"] > 0.05 else ""),
-              flush=True)
+def show(name, m):
+    """One aligned line of a cell."""
+    line = f"  {name:20s}first answer {m['first_try']:6.1%}"
+    line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
+    low, high = m["interval"]
+    line += f"  conversation {m['success']:6.1%} [{low:.0%}, {high:.0%}]"
+    if "per_step" in m:             # walks
+        line += f"  per step {m['per_step']:6.1%}, on {m['per_step_on']:6.1%}"
+    else:
+        line += f"  read: cards {m['cards_read']:6.1%}, numbers {m['numbers_read']:6.1%}"
+    line += f"  CUT OFF {m['cut']:.1%} of answers" if m["cut"] > 0.05 else ""
+    tqdm.write(line)
 
 
 def show_more(results):

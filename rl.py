@@ -44,7 +44,7 @@ from tqdm import tqdm
 import gp_env
 import sft
 import virl_env
-from evaluate import CURVE_CELLS, cut, evaluate, new_game, play, show
+from evaluate import CURVE_CELLS, cut, evaluate, new_game, play
 from sft import (Problem, batch, by_length, checkpoints, load_state, pictured, save_checkpoint,
                  task_parameters, token_logprobs, trunk)
 
@@ -490,15 +490,14 @@ class Policy:
 
     def measure(self, step, hands):
         """Evaluate on seen and held-out hands, print, and write eval.jsonl."""
-        args, began = self.args, time.time()
+        args = self.args
+        tqdm.write(f"after update {step}, {hands} episodes a cell:")
         splits = ["all"] if args.split == "all" else ["train", args.eval_split]
         results, _ = evaluate(
             self.backbone, CURVE_CELLS[args.task] if args.ood else ["id"], splits, hands,
             args.max_new_tokens, args.task, batch=args.sample_batch or 256,
             shown=sft.picture_options(args), where=sft.places(args))
         self.measured.write({"step": step, "hands": hands} | self.compute() | {"cells": results})
-        tqdm.write(f"after update {step}, {hands} episodes a cell ({time.time() - began:.0f} s):")
-        show(results)
 
     def save(self, step):
         """Write a checkpoint; the newest is enough to go on from, one more should it break."""
