@@ -26,6 +26,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 # The checkout to measure: this one, unless `against` has started this file about another.
@@ -129,10 +130,11 @@ def true_processor(model, tokenizer):
     config, eyes = model.config, model.config.vision_config
     if config.model_type == "mllama":
         return build_processor(model, tokenizer)
-    if sft.mrope(model):
-        return sft.Pictures(qwen2_vl.Qwen2VLImageProcessorPil(
+    if config.model_type == "qwen2_5_vl":
+        images = qwen2_vl.Qwen2VLImageProcessorPil(
             patch_size=eyes.patch_size, merge_size=eyes.spatial_merge_size,
-            temporal_patch_size=eyes.temporal_patch_size), tokenizer.chat_template)
+            temporal_patch_size=eyes.temporal_patch_size)
+        return SimpleNamespace(image_processor=images, chat_template=tokenizer.chat_template)
     if config.model_type in ("idefics3", "smolvlm"):
         edge = eyes.image_size
         images = idefics3.Idefics3ImageProcessorPil(
@@ -147,9 +149,10 @@ def open_model(args, random_weights):
     """The Backbone of a run's flags, on the device that a run would take."""
     if not random_weights:
         return sft.open_backbone(args, getattr(args, "init", None))
-    backbone = random_backbone(args.model, args.task, sft.pick_device(), args.grad_checkpoint,
-                               args.dtype)
-    sft.check_sight(backbone, args.task, args.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = random_backbone(args.model, args.task, device, args.grad_checkpoint, args.dtype)
+    if sft.pictured(args.task) and backbone.processor is None:
+        raise sft.Problem(f"--task {args.task}: {args.model} cannot see: {backbone.blind}")
     return backbone
 
 
@@ -220,7 +223,7 @@ def dry_sft(backbone, args):
         seconds = stopwatch(backbone.device) - began
     size = sft.task_parameters(backbone.model, sft.pictured(args.task))
     report_costs(backbone, {"step": (seconds, fed, 6 * size * fed)},
-                 seconds * (args.stop_step or args.steps))
+                 seconds * args.steps)
 
 
 def dry_rl(backbone, args):

@@ -9,6 +9,7 @@ pieces and by the update at once, alone or beside rows that show other pictures,
 import contextlib
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,7 +79,8 @@ def qwen2_5_vl(tokenizer):
         image_token_id=image, video_token_id=image + 3, vision_start_token_id=image + 1,
         vision_end_token_id=image + 2))
     images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, min_pixels=64 * 64)
-    return model, sft.Pictures(images, tokenizer.chat_template)
+    return model, SimpleNamespace(image_processor=images, chat_template=tokenizer.chat_template,
+                                  save_pretrained=images.save_pretrained)
 
 
 CLASSES = {"idefics3": idefics3, "smolvlm": smolvlm, "qwen2_5_vl": qwen2_5_vl}
@@ -239,11 +241,11 @@ def step_on_meta(backbone, ids, picture, monkeypatch):
 def test_a_recorded_step_never_asks_the_cpu(any_class, in_words, monkeypatch, request):
     """Catches what a CUDA graph forbids, on a machine without one: a number read back, a tensor
     made."""
-    if sft.mrope(any_class.model) and not in_words:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="sft.shifted copies the shift of "
-                                              "a picture from the CPU in every step"))
     image = gp_env.GeneralPoints(picture=SIZE).reset(0)[0]["image"]
     ids, picture = sft.encode_picture(any_class, "Which cards?", image)
+    if "shift" in picture and not in_words:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="sft.shifted copies the shift of "
+                                              "a picture from the CPU in every step"))
     if in_words:
         ids, picture = sft.user_ids(any_class, "Which cards?", first=True), None
     step_on_meta(any_class, ids, picture, monkeypatch)
@@ -384,12 +386,6 @@ def test_frozen_parts_get_no_gradient(any_class, what, parts):
     assert sum(p.grad is not None for p in named.values()) > 10
 
 
-def test_what_is_not_there_cannot_be_frozen(tiny):
-    """Catches a text-only model "with a frozen vision encoder" in somebody's table."""
-    with pytest.raises(sft.Problem, match="--freeze vision"):
-        sft.freeze(text_model("llama", tiny.tokenizer), "vision")
-
-
 # ------------------------------------------------------------------------------------------------
 # The task gp-vl
 # ------------------------------------------------------------------------------------------------
@@ -411,8 +407,8 @@ def blind_model(case, backbone, folder):
         path.write_text(path.read_text()[:100])
 
 
-BLIND = {"text-only": "text-only", "never trained": "never trained", "damaged": "does not load",
-         "bare tokenizer": "bare tokenizer"}
+BLIND = {"text-only": "text-only", "never trained": "never trained", "damaged": "processor",
+         "bare tokenizer": "processor"}
 
 
 @pytest.mark.parametrize("case", BLIND)
@@ -474,11 +470,10 @@ def test_sft_and_evaluation_of_pictures_run(at_work, monkeypatch, capsys):
                           "--out", "run")
     assert code == 0, error
     assert {size for _, size in asked} == {(130, 70)}
-    black, red = set(gp_env.SUITS["black"]), set(gp_env.SUITS["red"])
+    black = set(gp_env.SUITS["black"])
     assert all(set(suits) <= black for suits, _ in asked[-6:]), "training saw red"
-    assert sum(set(suits) <= red for suits, _ in asked) == 256, "the visual probe"
     row = rows_of(at_work / "run" / "metrics.jsonl")[-1]
-    assert {"id_nll", "ood_nll", "visual_nll"} <= set(row)
+    assert {"id_nll", "ood_nll"} <= set(row)
     code, error = command(monkeypatch, capsys, evaluate, *FLAGS[:2], "--model",
                           "run/step-000002", "--ood", "--splits", "test", "--hands", 3, "--show",
                           2, "--out", "found.json", "--max-new-tokens", 4)
