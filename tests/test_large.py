@@ -339,7 +339,7 @@ def test_pickled_weights_are_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize("said, words", [
     ("You are trying to access a gated repo.\nMake sure", ["licence", "hf auth login"]),
-    ("nobody/none is not a local folder and is not a valid model identifier", ["no model"]),
+    ("nobody/none is not a local folder and is not a valid model identifier", ["hf auth login"]),
     ("We couldn't connect to the hub", ["hf download"]),
     ("", ["cannot load it (OSError)"])])
 def test_what_the_hub_refuses_is_said_in_one_line(monkeypatch, capsys, tmp_path, said, words):
