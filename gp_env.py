@@ -34,9 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from verifier import GP_REWARDS, verify_gp
 
-# ------------------------------------------------------------------------------------------------
-# 1. Words
-# ------------------------------------------------------------------------------------------------
+# -------- 1. Words
 
 # A doubled brace is one brace of the text.
 PROMPT = ("[Task] Four cards are dealt. Write one equation that equals the target and uses what "
@@ -50,9 +48,7 @@ ANSWER = '{{"cards": ["{cards}"], "number": [{numbers}], "formula": "{formula}={
 RETRY = "Not right: {message}. Try again."
 IN_PICTURE = "those in the picture"         # stands for the cards where a picture shows them
 
-# ------------------------------------------------------------------------------------------------
-# 2. Cards, rules, splits
-# ------------------------------------------------------------------------------------------------
+# -------- 2. Cards, rules, splits
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 SUITS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds")}
@@ -121,9 +117,7 @@ def deal(rng, rule="ten", face=False, suits="all", split="train", target=TARGET)
     raise ValueError(f"no solvable hand found for target {target}")
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. The solver
-# ------------------------------------------------------------------------------------------------
+# -------- 3. The solver
 
 # A formula over four numbers is (their order, three signs, how the brackets stand): 24 x 64 x 5
 # formulas a hand, calculated for all 1,820 hands at once, exactly: fractions are pairs of int64.
@@ -225,9 +219,7 @@ def solutions(numbers, target=TARGET):
     return _solutions(tuple(sorted(numbers)), target)
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. The environment, and the expert's conversations for SFT
-# ------------------------------------------------------------------------------------------------
+# -------- 4. The environment, and the expert's conversations for SFT
 
 
 def prompt(hand, pictured=False):
@@ -365,9 +357,7 @@ def expert_conversation(rng, picture=None, revise=0.0, **how):
     return turns + [{"role": "assistant", "content": expert_answer(hand, formula), "learn": True}]
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Pictures (GP-VL)
-# ------------------------------------------------------------------------------------------------
+# -------- 5. Pictures (GP-VL)
 
 # Pillow has no suit symbols, so they are polygons; nor smooth edges, so all is drawn too large.
 PICTURE_SIZE = (128, 64)                    # the least that can be read; the paper: 1200 x 1200
@@ -480,9 +470,7 @@ def draw_hand(hand, seed, size=PICTURE_SIZE):
     return canvas.reduce(times)
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Play in the terminal
-# ------------------------------------------------------------------------------------------------
+# -------- 6. Play in the terminal
 
 
 def main():

@@ -31,9 +31,7 @@ MAX_FORMULA = 200   # characters of a formula; the longest honest one has about 
 MAX_DEPTH = 20      # nested brackets; four numbers never need more than 3
 MAX_DIGITS = 4      # digits of one number
 
-# ------------------------------------------------------------------------------------------------
-# 1. The fields of an answer
-# ------------------------------------------------------------------------------------------------
+# -------- 1. The fields of an answer
 
 
 def _read_fields(text, names, needed, cut):
@@ -99,9 +97,7 @@ def read_walk(text):
     return found
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. The formula
-# ------------------------------------------------------------------------------------------------
+# -------- 2. The formula
 
 _SAME_SIGN = str.maketrans("×·∗⋅÷∕⁄−–＋＝", "****///--+=")
 ILLEGAL_WHY = {
@@ -215,9 +211,7 @@ def parse_formula(text):
     raise IllegalFormula(rest, "close" if rest == ")" else "operator")
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. The verdict on a hand of cards
-# ------------------------------------------------------------------------------------------------
+# -------- 3. The verdict on a hand of cards
 
 # The paper's table (appendix A.3). The released code adds penalties up (one answer can cost -8);
 # here, as in the paper's text, an answer has ONE kind, and the last two are added to its reward.
@@ -320,9 +314,7 @@ def verify_gp(text, cards, numbers, target=24, picture=False):
     return Verdict(kind, reward, message, value, cards_right, numbers_right)
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. The verdict on a walk: the action, and what an answer claims to see
-# ------------------------------------------------------------------------------------------------
+# -------- 4. The verdict on a walk: the action, and what an answer claims to see
 
 _FORGIVEN = re.compile(r"""[-_"'`\s]""")
 _SIDE = re.compile(r" (?:is|are) (?:on|to|at|in) (?:your|the) (front|right|back|left)\b")

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 import virl_env
+from cities import released
 from cities.generate import CITIES
 from verifier import verify_virl
 from virl_env import (COMPASS, CROSSING, NOTHING, PICTURE, RELATIVE, RULES, VOCABULARIES, Atlas,
@@ -137,8 +138,8 @@ def test_paper_bearings_are_wrong_as_often_as_the_paper_s_code():
 
 def test_docstring_examples():
     """An example in a docstring no longer shows what the code does."""
-    tried = doctest.testmod(virl_env)
-    assert tried.attempted >= 8 and tried.failed == 0
+    tried = [doctest.testmod(module) for module in (virl_env, released)]
+    assert sum(t.attempted for t in tried) >= 8 and sum(t.failed for t in tried) == 0
 
 
 # ------------------------------------------------------------------------------------------------
