@@ -35,7 +35,7 @@ import torch
 
 from backbones import gp_corpus, virl_corpus
 from gp_env import PICTURE_SIZE
-from sft import (TRAINING_CITY, Problem, checkpoints, clear_up, encode, guarded, load_backbone, pad,
+from sft import (TRAINING_CITY, Problem, checkpoints, encode, guarded, load_backbone, pad,
                  picture_parameters, save_checkpoint, train, trunk, wrap_backbone)
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -405,7 +405,6 @@ def build_eyes(name, folder, seed, tower_steps, steps, resume=False, lr=3e-3, ba
 
 def install(made, name):
     """Put a finished backbone in the place of the shipped one, in one move."""
-    clear_up(HERE)
     save_checkpoint(HERE / name, load_backbone(made))
 
 
