@@ -16,8 +16,7 @@ are 10" fails, and its `number` field shows that it did.
   5. draw the cards (GP-VL)
   6. play in the terminal
 
-    python gp_env.py                        play in the terminal, verifier messages included
-    python gp_env.py --rule face --seed 3   the OOD rule
+    python gp_env.py [--rule face] [--seed 3]     play in the terminal
 
 Read before: verifier.py. Read next: sft.py.
 """
@@ -271,8 +270,7 @@ class GeneralPoints:
         if self.picture:
             self.image = draw_hand(self.hand, int(rng.integers(2**31)), self.picture)
         self.prompt = prompt(self.hand, pictured=bool(self.picture))
-        observation = {"text": self.prompt, "image": self.image, "new_conversation": True}
-        return observation, {"hand": self.hand}
+        return self._observe(self.prompt, True), {"hand": self.hand}
 
     def step(self, text):
         """Judge one answer. Returns (observation, reward, terminated, truncated, info).
@@ -293,9 +291,11 @@ class GeneralPoints:
             text = self.prompt
         else:
             text = RETRY.format(message=verdict.message)
-        new = self.fresh and not terminated
-        observation = {"text": text, "image": self.image if new else None, "new_conversation": new}
+        observation = self._observe(text, self.fresh and not terminated)
         return observation, reward, terminated, truncated, {"verdict": verdict, "hand": self.hand}
+
+    def _observe(self, text, new):
+        return {"text": text, "image": self.image if new else None, "new_conversation": new}
 
 
 def misread_one(rng, hand):
