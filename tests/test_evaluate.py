@@ -51,12 +51,11 @@ class Rigged(gp_env.GeneralPoints):
         if self.used + 1 == solve_at:
             formula = gp_env.solutions(self.hand.numbers)[0]
             heard = gp_env.expert_answer(self.hand, formula)
-        return super().step(heard)
-
-    def _observe(self, text, new):
-        if self.forget and not new:
-            text = f"{text} {gp_env.prompt(self.hand)}"
-        return super()._observe(text, new or self.forget)
+        observation, *more = super().step(heard)
+        if self.forget:
+            observation = {"text": f"{observation['text']} {gp_env.prompt(self.hand)}",
+                           "image": self.image, "new_conversation": True}
+        return observation, *more
 
 
 def play(backbone, solve_ats=(1, 3, 6, 2, 6), seed=3, temperature=0.6, longest=6, **how):

@@ -120,13 +120,13 @@ class Wandering(Rigged):
         super().__init__(solve_at, picture=SIZE)
         self.late = late
 
-    def _observe(self, text, new):
-        if not new and self.used % 2 == self.late and not self.over:
+    def step(self, text):
+        observation, reward, terminated, truncated, info = super().step(text)
+        if self.used % 2 == self.late and not (terminated or truncated):
             used = self.used
             observation, _ = self.reset([used, *self.hand.numbers])
             self.used = used
-            return observation
-        return super()._observe(text, new)
+        return observation, reward, terminated, truncated, info
 
 
 LENGTHS = (1, 3, 6, 2, 6, 4)        # tries of six rigged games; 6: never solved
