@@ -393,7 +393,7 @@ def test_sft_of_walks_killed_and_resumed_is_the_same(at_work, monkeypatch, capsy
     (["--routes", "broken"], ["broken/route_infos.json", "JSON"]),
     (["--task", "virl-vl", "--routes", "blind"], ["blind/street_views", "route 0"]),
     (["--routes", "small"], ["too few", "--splits all"]),
-    (["--no-announce"], ["--no-announce", "--task virl-vl"]),
+    (["--no-announce"], ["--no-announce"]),
     (["--model", "nowhere"], ["nowhere"]),
 ])
 def test_bad_flags_and_routes_end_in_one_line(at_work, monkeypatch, capsys, script, flags, words):
@@ -417,14 +417,6 @@ def test_a_start_is_known_by_its_routes(at_work):
     path = at_work / "town" / "route_infos.json"
     path.write_text(path.read_text().replace("Diner", "Mill"))
     assert sft.content_digest(sft.flags(flags)) != found
-
-
-@pytest.mark.parametrize("script", [sft, evaluate, rl])
-def test_missing_backbone_says_how_to_build_it(monkeypatch, capsys, script, tmp_path):
-    """Catches "no config.json" where a student should read which command comes first."""
-    monkeypatch.setitem(sft.DEFAULT_MODEL, "virl-l", tmp_path / "backbones" / "virl")
-    monkeypatch.chdir(tmp_path)
-    assert_one_line(*command(monkeypatch, capsys, script, "--task", "virl-l"), "backbones.build")
 
 
 def test_defaults_are_those_of_the_task():
@@ -452,4 +444,3 @@ def test_no_announce_reaches_training_and_measuring():
                                              sft.picture_options(args))
         for env in [evaluate.new_game("virl-vl", **sft.game_options(args)), *envs]:
             assert env.announce is told and env.picture == SEEN
-        assert ("--no-announce" in sft.flags_again(args)) is not told
