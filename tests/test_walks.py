@@ -322,7 +322,6 @@ def test_walks_killed_and_resumed_are_bit_for_bit_the_same(at_work, monkeypatch,
     assert list(cells) == ["seen/id", "seen/ood", "all/visual", "held-out/id", "held-out/ood"]
     for cell in cells.values():
         assert cell["message"] == cell["success"] - cell["fresh"] and "fresh_interval" in cell
-    assert set(cells["all/visual"]["places"]) == {"town"}
 
 
 @pytest.mark.parametrize("task", ["virl-l", "virl-vl"])
@@ -350,8 +349,6 @@ def test_every_script_walks(at_work, monkeypatch, capsys, task):
     places = ["all" if cell in ("visual", "both") else "held-out" for cell in cells]
     assert list(json.loads((at_work / "found.json").read_text())) == [
         f"{place}/{cell}" for place, cell in zip(places, cells)]
-    pictures = sorted((at_work / "runs" / "shown").glob("held-out-id-*.png"))
-    assert bool(pictures) == (task == "virl-vl")
     code, error = command(monkeypatch, capsys, evaluate, *flags[:2], *flags[4:], "--run", "run",
                           "--steps", 2, "--splits", "test", "--hands", 1, "--max-new-tokens", 2)
     assert code == 0, error
