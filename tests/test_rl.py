@@ -729,10 +729,10 @@ def assert_same_run(one, other):
                 sft.load_backbone(path2).model.state_dict())
 
 
+# One moment for each state of the disk that a kill can find.
 KILLS = {"in the first evaluation": (rl, "evaluate", 1, False),
          "before the first checkpoint": (rl, "save_checkpoint", 1, False),
          "in the update": (rl, "ppo_update", 2, False),
-         "before the metrics are written": (sft.Metrics, "write", 3, False),
          "in a later evaluation": (rl, "evaluate", 2, False),
          "in the middle of a checkpoint": (torch, "save", 2, False),
          "just after a checkpoint": (rl, "save_checkpoint", 2, True),

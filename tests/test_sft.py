@@ -366,7 +366,6 @@ def assert_same_run(one, other):
 
 KILLS = {"between two checkpoints": (sft, "sft_loss", 4, False),
          "before the first checkpoint": (sft, "sft_loss", 2, False),
-         "before the metrics are written": (sft.Metrics, "write", 2, False),
          "after the metrics are written": (sft.Metrics, "write", 2, True),
          "in the middle of a checkpoint": (torch, "save", 2, False),
          "just after a checkpoint": (sft, "save_checkpoint", 2, True)}
