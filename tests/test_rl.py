@@ -13,12 +13,8 @@ import argparse
 import copy
 import json
 import math
-import pathlib
+import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -30,7 +26,7 @@ import sft
 from evaluate import Episode, Turn
 from test_evaluate import Rigged, said
 from test_sft import (Killed, assert_one_line, check_loss_mean, check_mask, check_shift, command,
-                      files_of, gradients, kill_at, relative_gap, rows_of, same,
+                      files_of, gradients, kill_at, kill_when, relative_gap, rows_of, same,
                       shown)
 
 # ------------------------------------------------------------------------------------------------
@@ -733,10 +729,10 @@ def assert_same_run(one, other):
                 sft.load_backbone(path2).model.state_dict())
 
 
+# One moment for each state of the disk that a kill can find.
 KILLS = {"in the first evaluation": (rl, "evaluate", 1, False),
          "before the first checkpoint": (rl, "save_checkpoint", 1, False),
          "in the update": (rl, "ppo_update", 2, False),
-         "before the metrics are written": (sft.Metrics, "write", 3, False),
          "in a later evaluation": (rl, "evaluate", 2, False),
          "in the middle of a checkpoint": (torch, "save", 2, False),
          "just after a checkpoint": (rl, "save_checkpoint", 2, True),
@@ -768,15 +764,11 @@ def test_sigkill_and_resume_in_a_process_of_its_own(model, tmp_path, monkeypatch
     folder that is still taken."""
     shutil.copytree(model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    line = [sys.executable, str(pathlib.Path(rl.__file__)), "--model", "model", "--init", "model",
-            "--threads", "1", *map(str, FLAGS), "--out", "killed"]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "killed" / "step-000001").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-    process.kill()                              # SIGKILL: nothing in the process can catch it
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and len(sft.checkpoints("killed")) < 3
+    words = ["rl.py", "--model", "model", "--init", "model", "--threads", "1", *map(str, FLAGS),
+             "--out", "killed"]
+    kill_when(f"import sys, sft, rl; sys.argv = {words!r}; sys.exit(sft.guarded(rl.main))",
+              tmp_path / "killed" / "step-000001")
+    assert len(sft.checkpoints("killed")) < 3
     train(monkeypatch, capsys, "killed", "--resume")
     train(monkeypatch, capsys, "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
@@ -805,8 +797,8 @@ def test_finished_run_can_be_resumed_again(rigged, monkeypatch, capsys):
     """Catches a resume of a complete run that trains on, or loses its metrics; a --resume where
     nothing is that is refused, though Ctrl-C advises it; and a next command of another task."""
     printed = train(monkeypatch, capsys, "a run", "--updates", 1, "--resume")
-    assert "evaluate.py --model 'a run'/step-000001" in printed.splitlines()[-1]
-    assert "--max-new-tokens 3" in printed.splitlines()[-1]
+    again = evaluate.flags(shlex.split(printed.splitlines()[-1])[2:])
+    assert (again.model, again.max_new_tokens) == ("a run/step-000001", 3)
     before = files_of(rigged / "a run" / "step-000001")
     rows = rows_of(rigged / "a run" / "metrics.jsonl")
     train(monkeypatch, capsys, "a run", "--updates", 1, "--resume")

@@ -309,20 +309,18 @@ def test_walks_killed_and_resumed_are_bit_for_bit_the_same(at_work, monkeypatch,
         assert code == 0, error
 
     go(monkeypatch, "whole")
-    for number, kill in enumerate(((rl, "collect", 2), (rl, "save_checkpoint", 2, True))):
-        with monkeypatch.context() as patch:
-            kill_at(patch, *kill)
-            with pytest.raises(Killed):
-                go(patch, f"killed{number}")
-        go(monkeypatch, f"killed{number}", "--resume")
-        assert_same_run(at_work / "whole", at_work / f"killed{number}")
+    with monkeypatch.context() as patch:
+        kill_at(patch, rl, "ppo_update", 2)
+        with pytest.raises(Killed):
+            go(patch, "killed")
+    go(monkeypatch, "killed", "--resume")
+    assert_same_run(at_work / "whole", at_work / "killed")
     rows = rows_of(at_work / "whole" / "metrics.jsonl")
     assert all(0 < row["per_step"] < 1 and row["tries"] > 3 for row in rows)
     cells = rows_of(at_work / "whole" / "eval.jsonl")[-1]["cells"]
     assert list(cells) == ["seen/id", "seen/ood", "all/visual", "held-out/id", "held-out/ood"]
     for cell in cells.values():
         assert cell["message"] == cell["success"] - cell["fresh"] and "fresh_interval" in cell
-    assert set(cells["all/visual"]["places"]) == {"town"}
 
 
 @pytest.mark.parametrize("task", ["virl-l", "virl-vl"])
@@ -350,8 +348,6 @@ def test_every_script_walks(at_work, monkeypatch, capsys, task):
     places = ["all" if cell in ("visual", "both") else "held-out" for cell in cells]
     assert list(json.loads((at_work / "found.json").read_text())) == [
         f"{place}/{cell}" for place, cell in zip(places, cells)]
-    pictures = sorted((at_work / "runs" / "shown").glob("held-out-id-*.png"))
-    assert bool(pictures) == (task == "virl-vl")
     code, error = command(monkeypatch, capsys, evaluate, *flags[:2], *flags[4:], "--run", "run",
                           "--steps", 2, "--splits", "test", "--hands", 1, "--max-new-tokens", 2)
     assert code == 0, error
@@ -393,7 +389,7 @@ def test_sft_of_walks_killed_and_resumed_is_the_same(at_work, monkeypatch, capsy
     (["--routes", "broken"], ["broken/route_infos.json", "JSON"]),
     (["--task", "virl-vl", "--routes", "blind"], ["blind/street_views", "route 0"]),
     (["--routes", "small"], ["too few", "--splits all"]),
-    (["--no-announce"], ["--no-announce", "--task virl-vl"]),
+    (["--no-announce"], ["--no-announce"]),
     (["--model", "nowhere"], ["nowhere"]),
 ])
 def test_bad_flags_and_routes_end_in_one_line(at_work, monkeypatch, capsys, script, flags, words):
@@ -417,14 +413,6 @@ def test_a_start_is_known_by_its_routes(at_work):
     path = at_work / "town" / "route_infos.json"
     path.write_text(path.read_text().replace("Diner", "Mill"))
     assert sft.content_digest(sft.flags(flags)) != found
-
-
-@pytest.mark.parametrize("script", [sft, evaluate, rl])
-def test_missing_backbone_says_how_to_build_it(monkeypatch, capsys, script, tmp_path):
-    """Catches "no config.json" where a student should read which command comes first."""
-    monkeypatch.setitem(sft.DEFAULT_MODEL, "virl-l", tmp_path / "backbones" / "virl")
-    monkeypatch.chdir(tmp_path)
-    assert_one_line(*command(monkeypatch, capsys, script, "--task", "virl-l"), "backbones.build")
 
 
 def test_defaults_are_those_of_the_task():
@@ -452,4 +440,3 @@ def test_no_announce_reaches_training_and_measuring():
                                              sft.picture_options(args))
         for env in [evaluate.new_game("virl-vl", **sft.game_options(args)), *envs]:
             assert env.announce is told and env.picture == SEEN
-        assert ("--no-announce" in sft.flags_again(args)) is not told
