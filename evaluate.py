@@ -33,7 +33,6 @@ import json
 import math
 import pathlib
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -262,144 +261,107 @@ class SlotLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Store (B, heads, W, size) keys and values at `where`; return all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = (new.new_zeros(*new.shape[:2], 0, new.shape[3])
-                                      for new in (key_states, value_states))
-        if self.keys.shape[2] < self.room:
-            more = (0, 0, 0, self.room - self.keys.shape[2])
-            self.keys, self.values = (torch.nn.functional.pad(kept, more)
-                                      for kept in (self.keys, self.values))
-        for kept, new in ((self.keys, key_states), (self.values, value_states)):
-            kept.scatter_(2, self.where[:, None, :, None].expand_as(new), new)
-        return self.keys, self.values
+        kept = []
+        for old, new in ((self.keys, key_states), (self.values, value_states)):
+            old = new[:, :, :0] if old is None else old
+            if old.shape[2] < self.room:
+                old = torch.nn.functional.pad(old, (0, 0, 0, self.room - old.shape[2]))
+            kept.append(old.scatter_(2, self.where[:, None, :, None].expand_as(new), new))
+        self.keys, self.values = kept
+        self.is_initialized = True
+        return kept
 
     def get_seq_length(self):
         """0: the model must not count for itself; `Reader` hands positions and mask over whole."""
         return 0
 
 
-class PictureLayer(DynamicLayer):
-    """The cache of a layer that attends to a picture: new keys and values replace the old ones."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Keep (B, heads, tiles * patches, size) keys and values, and return them."""
-        self.is_initialized, self.keys, self.values = True, key_states, value_states
-        return key_states, value_states
-
-
 class Reader:
     """Reads B growing conversations with one cache.
 
     A token's slot is its position in its row's conversation, and it sees the slots up to its own.
-    Rows are padded on the right; what padding wrote lies behind `length`, where nobody looks, and
-    is overwritten:
+    What right padding wrote lies behind `length`, where nobody looks, and is overwritten:
 
         slots      0  1  2  3  4  5  6  7        length
         row 0      p  p  p  a  a  m  m  a        8          p prompt, a answer, m message
         row 1      p  p  a  a  -  -  -  -        4          - what padding wrote, or nothing
-
     """
 
     BLOCK = 64                  # slots are added in blocks: growing copies the whole cache
     recorded_on = ("cuda",)     # kinds of device where reading one token is recorded (part 4)
 
     def __init__(self, backbone, rows):
-        text, self.crossing = backbone.model.config.get_text_config(), crossing_layers(
-            backbone.model)
-        self.backbone, device = backbone, backbone.device
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)    # tokens read, (B,)
-        self.room, self.longest = 0, 0      # slots; no row is longer than `longest`
-        self.layers = [PictureLayer() if i in self.crossing else SlotLayer()
-                       for i in range(text.num_hidden_layers)]
-        # transformers 5.24 gave this argument of every model another name
-        known = inspect.signature(backbone.model.base_model.forward).parameters
+        self.backbone, model = backbone, backbone.model
+        self.layers = [DynamicLayer() if i in crossing_layers(model) else SlotLayer()
+                       for i in range(model.config.get_text_config().num_hidden_layers)]
+        known = inspect.signature(model.base_model.forward).parameters  # renamed in 5.24
         self.cache = {"cache" if "cache" in known else "past_key_values": Cache(layers=self.layers)}
-        self.banned = torch.tensor(backbone.banned, dtype=torch.long, device=device)
-        self.pictures, self.tiles = [None] * rows, None     # what rows show; see `see`
-        self.recording = None
+        self.banned = torch.tensor(backbone.banned, dtype=torch.long, device=backbone.device)
+        self.length = torch.zeros(rows, dtype=torch.long, device=backbone.device)   # tokens read
+        self.room, self.recording = 0, None                 # slots; see part 4
+        self.pictures, self.tiles = [None] * rows, None     # what rows show; see `look`
 
     def read(self, ids, counts, pictures=None):
         """Append tokens: ids (B, W) padded on the right, counts (B,) real tokens of each row.
 
-        pictures: what each row shows from now on, None for as before. Returns logits (B, V) after
-        each row's last real token (of no use where counts is 0), valid until the next read.
+        pictures: what each row shows from now on. Returns logits (B, V) after each row's last real
+        token (of no use where counts is 0), valid until the next read.
         """
-        self.make_room(ids.shape[1])
-        seen = self.see(ids, pictures) if pictures else {}
+        longest = int(self.length.max()) + ids.shape[1]
+        if longest > self.room:
+            self.room, self.recording = self.BLOCK * math.ceil(longest / self.BLOCK), None
+        seen = self.look(pictures) if pictures else {}
         if ids.shape[1] == 1 and not seen and ids.device.type in self.recorded_on:
-            try:
-                self.recording = self.recording or Recording(self, ids, counts)
-                return self.recording.play(ids, counts)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except RuntimeError as error:       # what a model does on its way may forbid it
-                Reader.recorded_on = ()
-                tqdm.write("reading one token cannot be recorded here, it goes on step by step, "
-                           f"slower ({str(error).splitlines()[0]})")
+            return read_recorded(self, ids, counts)
         return self.step(ids, counts, seen)
 
     def step(self, ids, counts, seen):
-        """The forward pass of `read`. seen: what `see` returned."""
-        where = self.length[:, None] + torch.arange(ids.shape[1], device=ids.device)    # (B, W)
-        slots = torch.arange(self.room, device=ids.device)
-        mask = (slots <= where[..., None])[:, None]                             # (B, 1, W, room)
+        """The forward pass of `read`. seen: what `look` returned."""
+        where = position = self.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        mask = torch.arange(self.room, device=ids.device) <= where[..., None]       # (B, W, room)
         for layer in self.layers:
             layer.where, layer.room = where, self.room
-        position = where
         if self.pictures[0] is not None and mrope(self.backbone.model.config):
             position = sft.shifted(self.pictures, where)
         if self.tiles is not None:          # the picture's mark stands in a row's first turn
-            seen = seen | {"cross_attention_mask": sft.cross_mask(
-                self.backbone, ids, self.tiles, passed=self.length[:, None] > 0)}
+            seen["cross_attention_mask"] = sft.cross_mask(
+                self.backbone, ids, self.tiles, passed=self.length[:, None] > 0)
         with precision(self.backbone):
             hidden = self.backbone.model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
-                **self.cache, **seen).last_hidden_state                         # (B, W, H)
-            rows = torch.arange(len(ids), device=ids.device)
-            last = hidden[rows, (counts - 1).clamp(min=0)]
-            logits = self.backbone.model.get_output_embeddings()(last).float()
+                input_ids=ids, attention_mask=mask[:, None], position_ids=position, use_cache=True,
+                **self.cache, **seen).last_hidden_state                             # (B, W, H)
+            rows, last = torch.arange(len(ids), device=ids.device), (counts - 1).clamp(min=0)
+            logits = self.backbone.model.get_output_embeddings()(hidden[rows, last]).float()
         self.length += counts
         return logits.index_fill_(1, self.banned, -torch.inf)
 
-    def see(self, ids, pictures):
-        """What the trunk needs beside ids (B, W) where rows show new pictures."""
-        new = [now is not None and now is not old for now, old in zip(pictures, self.pictures)]
-        self.pictures = pictures
-        if not any(new):
+    def look(self, pictures):
+        """What the trunk needs beside the tokens where rows show new pictures."""
+        new = [p for p, old in zip(pictures, self.pictures) if p is not None and p is not old]
+        self.pictures, crossing = pictures, crossing_layers(self.backbone.model)
+        if not new:
             return {}
+        if not crossing:            # the placeholders of the old ones are tokens in the cache
+            return sft.join_pictures(self.backbone, new)
+        for i in crossing:          # a layer keeps one tensor for all rows: all are shown again
+            self.layers[i].is_initialized = False
         with precision(self.backbone):
-            if self.crossing:       # a layer keeps one tensor for all rows: all are shown again
-                states, self.tiles = sft.cross_states(self.backbone, pictures)
-                self.recording = None
-                return {"cross_attention_states": states}
-            # the placeholders of the new ones; the others are tokens in the cache
-            return sft.join_pictures(self.backbone, [p for p, is_new in zip(pictures, new)
-                                                     if is_new])
-
-    def make_room(self, width):
-        """See to it that `width` more tokens have slots."""
-        if self.longest + width > self.room:        # the true length, after rows forgot or left
-            self.longest = int(self.length.max())
-        if self.longest + width > self.room:
-            self.room = self.BLOCK * math.ceil((self.longest + width) / self.BLOCK)
-            self.recording = None
-        self.longest += width
+            states, self.tiles = sft.cross_states(self.backbone, pictures)
+        self.recording = None
+        return {"cross_attention_states": states}
 
     def forget(self, rows):
         """Make these rows start afresh. What lies behind `length` is never seen."""
-        if rows:
-            self.length[rows] = 0
+        self.length[rows] = 0
 
     def keep(self, rows):
         """Go on with only these rows."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.length.device)
-        self.length, self.recording = self.length[index], None
+        self.length, self.recording = self.length[rows], None
         self.pictures = [self.pictures[row] for row in rows]
-        self.tiles = None if self.tiles is None else self.tiles[index]
+        self.tiles = None if self.tiles is None else self.tiles[rows]
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[index], layer.values[index]
+                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
 # -------- 4. On a GPU: the reading of one token, recorded. Never at work on a CPU
@@ -439,6 +401,20 @@ class Recording:
         self.counts.copy_(counts)
         self.graph.replay()
         return self.logits
+
+
+def read_recorded(reader, ids, counts):
+    """`Reader.step` for one token a row: recorded the first time, played back after that."""
+    try:
+        reader.recording = reader.recording or Recording(reader, ids, counts)
+        return reader.recording.play(ids, counts)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:       # what a model does on its way may forbid it
+        Reader.recorded_on = ()
+        tqdm.write("reading one token cannot be recorded here, it goes on step by step, slower "
+                   f"({str(error).splitlines()[0]})")
+    return reader.step(ids, counts, {})
 
 
 # -------- 5. Counting
@@ -499,11 +475,15 @@ def measure(episodes):
     # Reading is judged on the FIRST answer: later ones have seen the verifier's message, which
     # names the numbers that are missing and so gives the rule away.
     first = [episode.turns[0].verdict for episode in episodes]
+    hands = [episode.env.hand for episode in episodes]
+    # `fake` scores by another rule than it states: judge again
+    stated = [gp_env.verify_gp(episode.turns[0].text, hand.cards, hand.numbers)
+              for episode, hand in zip(episodes, hands)]
     found = {"first_try": mean(v.correct for v in first),
              "cards_read": mean(v.cards_right for v in first),
-             "numbers_read": mean(read_as_stated(e) for e in episodes), "errors": errors(first)}
-    return found | both_games(episodes, [(tuple(sorted(e.env.hand.numbers)), e.terminated)
-                                         for e in episodes])
+             "numbers_read": mean(v.numbers_right for v in stated), "errors": errors(first)}
+    return found | both_games(episodes, [(tuple(sorted(hand.numbers)), episode.terminated)
+                                         for episode, hand in zip(episodes, hands)])
 
 
 def both_games(episodes, outcomes):
@@ -529,14 +509,6 @@ def errors(verdicts):
 def cut(episodes):
     """Share of answers that were cut off before their end: they make a gap of their own."""
     return mean(not turn.ended for episode in episodes for turn in episode.turns)
-
-
-def read_as_stated(episode):
-    """Did the first answer's `number` field follow the rule in the prompt?"""
-    if episode.env.scoring_rule is None:
-        return episode.turns[0].verdict.numbers_right
-    hand = episode.env.hand     # the fake probe scores by another rule: ask about the stated one
-    return gp_env.verify_gp(episode.turns[0].text, hand.cards, hand.numbers).numbers_right
 
 
 def positions(episode):
@@ -627,17 +599,17 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
     and add "fresh", "fresh_interval" and "message" = success - fresh. how: tries, shown and where
     of `cell_environments`.
     """
-    walks, results, kept = task.startswith("virl"), {}, {}
+    judge = measure_walks if task.startswith("virl") else measure
+    settings = temperature, max_new_tokens, batch, blindfold
+    results, kept = {}, {}
     for cell, split in cell_splits(cells, splits, task):
         name = f"{SPLIT_NAMES[split]}/{cell}"
-        episodes = kept[name] = play_cell(backbone, cell_environments(
-            cell, split, count, task, **how), temperature, max_new_tokens, batch, blindfold)
-        found = results[name] = measure_walks(episodes) if walks else measure(episodes)
+        games = cell_environments(cell, split, count, task, **how)
+        kept[name] = play_cell(backbone, games, *settings)
+        found = results[name] = judge(kept[name])
         if fresh:
-            again = play_cell(backbone, cell_environments(
-                cell, split, count, task, fresh=True, **how), temperature, max_new_tokens, batch,
-                blindfold)
-            alone = measure_walks(again) if walks else measure(again)
+            games = cell_environments(cell, split, count, task, fresh=True, **how)
+            alone = judge(play_cell(backbone, games, *settings))
             found |= {"fresh": alone["success"], "fresh_interval": alone["interval"],
                       "message": found["success"] - alone["success"],
                       # the first answers of both plays are alike
@@ -657,8 +629,9 @@ def play_cell(backbone, games, temperature, max_new_tokens, batch, blindfold):
         generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
         episodes += play(backbone, envs[start:start + batch], seeds[start:start + batch],
                          temperature, max_new_tokens, generator, blindfold)
-        for turn in (turn for episode in episodes[start:] for turn in episode.turns):
-            turn.picture = None         # only an update looks again: gigabytes on a large model
+        for episode in episodes[start:]:
+            for turn in episode.turns:
+                turn.picture = None     # only an update looks again: gigabytes on a large model
     return episodes
 
 
@@ -671,10 +644,11 @@ def evaluate_run(args, cells):
     folder = pathlib.Path(args.run)
     found = {step: path for step, path in sft.checkpoints(folder)
              if not args.steps or step in args.steps}
-    if not found or set(args.steps or ()) - set(found):
-        raise Problem(f"--run {folder}: no such checkpoint there")
-    path, how = folder / "eval.jsonl", {key: getattr(args, key) for key in (
-        "hands", "tries", "temperature", "batch", "dtype")}
+    missing = sorted(set(args.steps or ()) - set(found))
+    if missing or not found:
+        raise Problem(f"--run {folder}: no checkpoint {missing or 'at all'} there")
+    how = {key: getattr(args, key) for key in ("hands", "tries", "temperature", "batch", "dtype")}
+    path = folder / "eval.jsonl"
     rows = {row["step"]: row for row in sft.read_lines(path)}
     trained = {row["step"]: row for row in sft.read_lines(folder / "metrics.jsonl")}
     for step, checkpoint in found.items():
@@ -682,18 +656,18 @@ def evaluate_run(args, cells):
         row = rows.setdefault(step, {
             "step": step, "hands": args.hands, "how": how, "flops": charged, "cells": {},
             "flops_spent": trained.get(step, {}).get("flops_spent", charged)})
-        lacking = [cell for cell, split in cell_splits(cells, args.splits, args.task)
-                   if f"{SPLIT_NAMES[split]}/{cell}" not in row["cells"]]
-        if lacking and row.get("how", how) != how:
+        lacking = dict.fromkeys(cell for cell, split in cell_splits(cells, args.splits, args.task)
+                                if f"{SPLIT_NAMES[split]}/{cell}" not in row["cells"])
+        if not lacking:
+            continue
+        if row.get("how", how) != how:
             raise Problem(f"--run {folder}: step {step} was measured with {row['how']}: give the "
                           f"same flags, or move {path} away")
-        if lacking:
-            print(f"step {step}", flush=True)
-            lacking = list(dict.fromkeys(lacking))
-            row["cells"] |= measure_model(args, sft.open_backbone(args, checkpoint), lacking)[0]
-            aside = path.with_suffix(".tmp")
-            aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
-            aside.rename(path)
+        print(f"step {step}", flush=True)
+        row["cells"] |= measure_model(args, sft.open_backbone(args, checkpoint), lacking)[0]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
+        aside.rename(path)
 
 
 def measure_model(args, backbone, cells):
@@ -709,9 +683,9 @@ def measure_model(args, backbone, cells):
 
 def show(name, m):
     """One aligned line of a cell."""
-    line = f"  {name:20s}first answer {m['first_try']:6.1%}"
-    line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
     low, high = m["interval"]
+    line = f"  {name:29s} first answer {m['first_try']:6.1%}"
+    line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
     line += f"  conversation {m['success']:6.1%} [{low:.0%}, {high:.0%}]"
     if "per_step" in m:             # walks
         line += f"  per step {m['per_step']:6.1%}, on {m['per_step_on']:6.1%}"
@@ -726,17 +700,15 @@ def show_more(results):
     for name, m in results.items():
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in m["errors"].items())
         print(f"\n# {name}: first answers that were wrong: {kinds or 'none'}")
-        for kind in m.get("kinds", ()):
-            line = f"    {kind:16s}"
-            for title, r in (("to the first miss", m["kinds"][kind]),
-                             ("rail goes on", m["kinds_on"][kind])):
-                low, high = r["interval"]
-                line += f"{title} {r['rate']:6.1%} [{low:4.0%}, {high:4.0%}] of {r['count']:<7d}"
-            print(line)
-        if "kinds" in m:
-            print(f"    first answers: landmarks read right {m['landmarks_present']:.1%} where "
-                  f"there is one, {m['landmarks_empty']:.1%} where there is none; intersection "
-                  f"{m['crossings_read']:.1%}; all right, and the action {m['whole_right']:.1%}")
+        if "kinds" not in m:
+            continue
+        for kind, to_miss in m["kinds"].items():
+            on = m["kinds_on"][kind]
+            print(f"    {kind:16s}to the first miss {to_miss['rate']:6.1%} of {to_miss['count']:<5d}"
+                  f"  rail goes on {on['rate']:6.1%} of {on['count']}")
+        print(f"    first answers right: landmark there {m['landmarks_present']:.1%}, none there "
+              f"{m['landmarks_empty']:.1%}, intersection {m['crossings_read']:.1%}, all and the "
+              f"action {m['whole_right']:.1%}")
 
 
 def show_transcripts(episodes, count, positions_shown=3):
@@ -799,17 +771,14 @@ def main():
     cells = args.cells or (list(every) if args.ood else ["id"])
     if args.run:
         return evaluate_run(args, cells)
-    out = open(args.out, "a") if args.out else None     # a path that fails, fails now
-    began = time.time()
+    if args.out:
+        open(args.out, "a").close()         # a path that fails, fails now
     print(f"{args.model} on {args.task}: {args.hands} episodes a cell, temperature "
           f"{args.temperature:g}" + ", blindfolded" * args.blindfold, flush=True)
     results, episodes = measure_model(args, sft.open_backbone(args), cells)
-    if out:                                 # before anything long is printed
-        out.truncate(0)
-        out.write(json.dumps(results, indent=1) + "\n")
-        out.close()
+    if args.out:                            # before anything long is printed
+        pathlib.Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
     show_more(results)
-    print(f"{time.time() - began:.0f} s")
     for name in episodes if args.show else ():
         print("\n#", name)
         show_transcripts(episodes[name], args.show)
