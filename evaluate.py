@@ -139,8 +139,7 @@ class Episode:
     env: object
     prompt: str
     turns: list = field(default_factory=list)
-    terminated: bool = False    # the game is over. A hand is solved then; a walk whose rail goes on
-                                # may have missed positions all the same: ask `solved`
+    terminated: bool = False    # the game is over (a walk may have missed positions: see `solved`)
     truncated: bool = False     # out of tries
     # --- while it is played
     told: list = None           # tokens of the latest user turn: what the update will see as prompt
@@ -158,14 +157,12 @@ class Episode:
         else:
             self.told = user_ids(backbone, observation["text"], self.new)
             self.picture = None if self.new else self.picture
-        if self.new:
-            self.pending = list(self.told)
-            return
-        last = self.turns[-1]
-        if not last.ended:                          # cut off: close the turn for the model
-            self.told = backbone.end_ids[:1] + self.told
-        # the last token of the answer was sampled and never fed: it goes first
-        self.pending = last.answer_ids[-1:] + self.told
+        self.pending = list(self.told)
+        if not self.new:
+            if not self.turns[-1].ended:            # cut off: close the turn for the model
+                self.told = backbone.end_ids[:1] + self.told
+            # the last token of the answer was sampled and never fed: it goes first
+            self.pending = self.turns[-1].answer_ids[-1:] + self.told
 
 
 @torch.no_grad()
@@ -377,23 +374,16 @@ class Recording:
     """
 
     def __init__(self, reader, ids, counts):
-        self.ids, self.counts, before = ids.clone(), counts.clone(), reader.length
-        reader.length = before.clone()      # should recording fail, nothing has happened
+        self.ids, self.counts, before = ids.clone(), counts.clone(), reader.length.clone()
         aside, main = torch.cuda.Stream(), torch.cuda.current_stream()
         aside.wait_stream(main)
         with torch.cuda.stream(aside):      # once without recording, as CUDA asks for
-            expected = reader.step(self.ids, self.counts, {})
-            reader.length.copy_(before)
+            reader.step(self.ids, self.counts, {})
+            reader.length.copy_(before)     # what it wrote is written again, the same
         main.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = reader.step(self.ids, self.counts, {})
-        self.graph.replay()
-        gap = (self.logits - expected)[expected.isfinite()].abs().mean().item()
-        reader.length.copy_(before)         # what was written so far is written again, the same
-        if not gap < 0.05:
-            reader.length = before
-            raise RuntimeError(f"played back it differs by {gap:.2g}")
 
     def play(self, ids, counts):
         """`Reader.step` by the recording."""
@@ -512,15 +502,14 @@ def cut(episodes):
 
 
 def positions(episode):
-    """The tries of an episode, position by position, as lists of Turn.
+    """The tries of an episode, position by position, as lists of Turn. A hand is one position.
 
-    A hand is one position. On a walk a new one begins where a right answer, or the last try, has
-    moved the walker on.
+    On a walk a right answer, or the last try, moves the walker on to the next.
     """
-    found, per_position = [[]], getattr(episode.env, "go_on", None) is not None
+    found = [[]]
     for turn in episode.turns:
         found[-1].append(turn)
-        if per_position and (turn.verdict.correct or len(found[-1]) == episode.env.tries):
+        if turn.verdict.correct or len(found[-1]) == episode.env.tries:
             found.append([])
     return [tries for tries in found if tries]
 
@@ -546,7 +535,8 @@ def measure_walks(episodes):
     (right where there is a landmark, where there is none), crossings_read, whole_right (all of that
     and the action).
     """
-    paper, on, first = [], [], []       # (walk, kind of action, verdict) of tries; first tries
+    paper, on = [], []                      # (walk, kind of action, verdict) of tries
+    first, present, empty = [], [], []      # verdicts of first tries; whether landmarks were right
     for walk, episode in enumerate(episodes):
         missed = False
         for place, tries in zip(episode.env.rail, positions(episode)):
@@ -556,26 +546,25 @@ def measure_walks(episodes):
             paper += [] if missed else judged
             missed |= not tries[-1].verdict.correct
             # Reading is judged before the verifier has said what was misread.
-            first.append((not place.observation.startswith(virl_env.NOTHING), tries[0].verdict))
+            first.append(tries[0].verdict)
+            nothing = place.observation.startswith(virl_env.NOTHING)
+            (empty if nothing else present).append(tries[0].verdict.landmarks_right)
     kinds, kinds_on = ({kind: rate((walk, v.correct) for walk, k, v in judged
                                    if kind in (k, "every action"))
                         for kind in ("every action", *virl_env.KINDS)} for judged in (paper, on))
+    every, every_on = kinds["every action"], kinds_on["every action"]
     turns = rate((walk, v.correct) for walk, k, v in on if k.endswith("turn"))
-    present = [v.landmarks_right for there, v in first if there]
-    empty = [v.landmarks_right for there, v in first if not there]
-    verdicts = [v for _, v in first]
     found = {
-        "per_step": kinds["every action"]["rate"], "steps": kinds["every action"]["count"],
-        "per_step_on": kinds_on["every action"]["rate"],
-        "steps_on": kinds_on["every action"]["count"], "kinds": kinds, "kinds_on": kinds_on,
-        "turns": turns["rate"], "turn_tries": turns["count"], "positions": len(first),
-        "first_try": mean(v.correct for v in verdicts),
+        "per_step": every["rate"], "steps": every["count"], "kinds": kinds,
+        "per_step_on": every_on["rate"], "steps_on": every_on["count"], "kinds_on": kinds_on,
+        "turns": turns["rate"], "turn_tries": turns["count"],
+        "positions": len(first), "first_try": mean(v.correct for v in first),
         "landmarks_present": mean(present), "positions_present": len(present),
         "landmarks_empty": mean(empty), "positions_empty": len(empty),
-        "crossings_read": mean(v.intersection_right for v in verdicts),
+        "crossings_read": mean(v.intersection_right for v in first),
         "whole_right": mean(v.correct and v.landmarks_right and v.intersection_right
-                            for v in verdicts),
-        "errors": errors(verdicts)}
+                            for v in first),
+        "errors": errors(first)}
     return found | both_games(episodes, [(walk, solved(e)) for walk, e in enumerate(episodes)])
 
 
@@ -700,34 +689,30 @@ def show_more(results):
     for name, m in results.items():
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in m["errors"].items())
         print(f"\n# {name}: first answers that were wrong: {kinds or 'none'}")
-        if "kinds" not in m:
-            continue
-        for kind, to_miss in m["kinds"].items():
-            on = m["kinds_on"][kind]
-            print(f"    {kind:16s}to the first miss {to_miss['rate']:6.1%} of {to_miss['count']:<5d}"
-                  f"  rail goes on {on['rate']:6.1%} of {on['count']}")
-        print(f"    first answers right: landmark there {m['landmarks_present']:.1%}, none there "
-              f"{m['landmarks_empty']:.1%}, intersection {m['crossings_read']:.1%}, all and the "
-              f"action {m['whole_right']:.1%}")
+        if "kinds" in m:
+            print("    right tries, as the rail goes on:", ", ".join(
+                f"{kind} {r['rate']:.1%} of {r['count']}" for kind, r in m["kinds_on"].items()))
+            print(f"    first answers right: landmarks {m['landmarks_present']:.1%} where there is "
+                  f"one, {m['landmarks_empty']:.1%} where there is none; intersection "
+                  f"{m['crossings_read']:.1%}; all that, and the action {m['whole_right']:.1%}")
 
 
-def show_transcripts(episodes, count, positions_shown=3):
-    """Print conversations, half of them solved and half not, as far as there are any."""
+def show_transcripts(episodes, count):
+    """Print conversations, half of them solved; of a walk the first three positions."""
     good = [e for e in episodes if solved(e)][:count - count // 2]
     failed = [e for e in episodes if not solved(e)][:count - len(good)]
     for episode in good + failed:
         print("\n" + "=" * 30, "solved" if solved(episode) else "not solved", "=" * 30)
         prompt, talks = episode.prompt, positions(episode)
-        for at, tries in enumerate(talks[:positions_shown]):
+        for at, tries in enumerate(talks[:3], 1):
             print(prompt)
             for turn in tries:
                 # at a new position the environment's words are the next prompt, not a message
-                prompt, moved = turn.message, turn is tries[-1] and at + 1 < len(talks)
-                print(f"  model     {turn.text}")
-                print(f"  verifier  [{turn.reward:+.1f}] "
-                      f"{turn.verdict.message if moved else turn.message}")
-        if len(talks) > positions_shown:
-            print(f"... and {len(talks) - positions_shown} more positions")
+                prompt, moved = turn.message, turn is tries[-1] and at < len(talks)
+                said = turn.verdict.message if moved else turn.message
+                print(f"  model     {turn.text}\n  verifier  [{turn.reward:+.1f}] {said}")
+        if len(talks) > 3:
+            print(f"... and {len(talks) - 3} more positions")
 
 
 # -------- 8. Command line

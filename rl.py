@@ -69,8 +69,8 @@ def collect(backbone, args, update):
     envs = [new_game(args.task, split=args.split, tries=args.tries, **sft.game_options(args))
             for _ in range(args.episodes)]
     seeds = [[1, args.seed, update, i] for i in range(args.episodes)]
-    generator = torch.Generator(backbone.device)
-    generator.manual_seed(seeded(args.seed, update, 1).initial_seed())
+    draws = seeded(args.seed, update, 1).initial_seed()
+    generator = torch.Generator(backbone.device).manual_seed(draws)
     # all at once, unless their keys and values would fill the memory
     size, episodes = args.sample_batch or args.episodes, []
     for start in range(0, args.episodes, size):
@@ -121,8 +121,6 @@ def conversations(episodes):
 
 def build_value_head(hidden, seed):
     """The critic: a small MLP on the policy's own hidden state, (.., H) -> (..,). V is 0 at first.
-
-    One forward pass serves policy and critic.
     """
     wide, narrow = max(128, hidden // 4), max(64, hidden // 8)
     head = torch.nn.Sequential(torch.nn.Linear(hidden, wide), torch.nn.ReLU(),
@@ -130,10 +128,9 @@ def build_value_head(hidden, seed):
                                torch.nn.Linear(narrow, 1), torch.nn.Flatten(-2))
     generator = seeded(seed, 2)
     with torch.no_grad():
-        for layer in head[:-1]:
-            if isinstance(layer, torch.nn.Linear):
-                layer.weight.normal_(0, layer.in_features ** -0.5, generator=generator)
-                layer.bias.zero_()
+        for layer in (head[0], head[2], head[4]):
+            layer.weight.normal_(0, layer.in_features ** -0.5, generator=generator)
+            layer.bias.zero_()
         head[4].weight.zero_()
     return head
 
@@ -162,9 +159,8 @@ def score_all(backbone, head, rows, temperature, micro_batch):
     """`score` without gradients, any number of rows. Adds the OLD "logprobs" and "values" to each.
 
     The sampler knew the log-probabilities already. But V needs this pass anyway, and it computes
-    the old ones just as the update will compute the new ones, so that all ratios begin at 1 but for
-    rounding. The sampler's serve in `self_check`. softmax(logits / temperature) is the policy that
-    played.
+    the old ones just as the update will compute the new ones: all ratios begin at 1 but for
+    rounding. The sampler's serve in `self_check`.
     """
     for part in by_length(rows, micro_batch):
         logprobs, _, values = score(backbone, head, part, temperature)
@@ -364,11 +360,10 @@ def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True)
     learn_policy False: only the critic takes steps (see `add_advantages`).
     """
     sft.learning_mode(backbone, True)
-    # Optimiser steps of all earlier updates. Exact for hands; the rows of walks vary in number, so
-    # there it is an estimate.
+    # Optimiser steps of all earlier updates; an estimate on walks, whose rows vary in number.
     done = update * args.epochs * math.ceil(len(rows) / args.minibatch)
-    log, fed, skipped = [], 0, 0
-    shuffler, parts = seeded(args.seed, update, 3), []
+    log, fed, skipped, parts = [], 0, 0, []
+    shuffler = seeded(args.seed, update, 3)
     for _ in range(args.epochs):
         # Whole conversations are shuffled, not tries: the tries of one share a forward pass. From
         # the second minibatch on the policy is no longer the one that played, which is what the
@@ -377,8 +372,7 @@ def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True)
         parts += [shuffled[start:start + args.minibatch]
                   for start in range(0, len(rows), args.minibatch)]
     for part in parts:
-        tokens = sum(sum(r["mask"]) for r in part)
-        tries = sum(len(r["tries"]) for r in part)
+        tokens, tries = sum(sum(r["mask"]) for r in part), sum(len(r["tries"]) for r in part)
         total = {}
         for micro in by_length(part, args.micro_batch):
             loss, numbers = minibatch_loss(backbone, head, micro, args, tokens, tries)
@@ -428,8 +422,7 @@ def run(args):
         row = {"step": update + 1} | summary(rows, episodes) | numbers | policy.compute()
         row |= {"seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
         policy.metrics.write(row)
-        tqdm.write(one_line(row) if can_learn else f"update {update + 1:3d}  every episode was "
-                   f"paid {row['reward']:.2f}, nothing to learn from: the policy took no step")
+        tqdm.write(one_line(row, can_learn))
         last = update + 1 == args.updates
         if last or (update + 1) % args.eval_every == 0:
             policy.measure(update + 1, args.eval_hands if last else max(1, args.eval_hands // 4))
@@ -544,15 +537,17 @@ def summary(rows, episodes):
             "explained_variance": explained_variance(values, returns)}
 
 
-def one_line(row):
+def one_line(row, can_learn):
     """An aligned line of the metrics of an update."""
-    explained = row["explained_variance"]
-    return (f"update {row['step']:3d}  success {row['success']:6.1%}  per step "
-            f"{row['per_step']:6.1%}  reward {row['reward']:6.2f}  kl {row['approx_kl']:.4f}  clip "
-            f"{row['clipfrac']:5.1%}  ev {math.nan if explained is None else explained:5.2f}  "
-            f"entropy {row['entropy']:.3f}  {row['seconds_collect']:.0f}+"
-            f"{row['seconds_update']:.0f} s"
-            + (f"  CUT OFF {row['cut']:.1%} of answers" if row["cut"] > 0.02 else ""))
+    line = (f"update {row['step']:3d}  success {row['success']:6.1%}  per step "
+            f"{row['per_step']:6.1%}  reward {row['reward']:6.2f}")
+    if not can_learn:
+        return line + "  every episode was paid alike, nothing to learn from: no step"
+    explained = math.nan if row["explained_variance"] is None else row["explained_variance"]
+    line += (f"  kl {row['approx_kl']:.4f}  clip {row['clipfrac']:5.1%}  ev {explained:5.2f}  "
+             f"entropy {row['entropy']:.3f}  "
+             f"{row['seconds_collect']:.0f}+{row['seconds_update']:.0f} s")
+    return line + (f"  CUT OFF {row['cut']:.1%} of answers" if row["cut"] > 0.02 else "")
 
 
 # -------- 6. Checks, and a look at one conversation
@@ -565,15 +560,14 @@ def complaints(rows, episodes, backbone, split, temperature=0.6):
     """
     sampled, scored = both_logprobs(rows, episodes)
     if len(sampled) != len(scored):
-        return [f"{len(sampled)} tokens were sampled, {len(scored)} are masked: the loss mask is "
-                "off"]
+        return [f"{len(sampled)} tokens were sampled, {len(scored)} masked: the loss mask is off"]
     found, gaps = [], (sampled - scored).abs()
     # float32 on a CPU: the largest gap. Elsewhere bf16 rounds differently in batches of other
     # shapes, and a low temperature magnifies that: a few tokens may differ much, all of them on
     # average only if something is wrong.
-    exact = backbone.device.type == "cpu" and backbone.model.dtype == torch.float32
-    gap, limit = (gaps.max(), 1e-4 / min(1, temperature)) if exact else (
-        gaps.mean(), 0.05 / temperature)
+    gap, limit = gaps.mean(), 0.05 / temperature
+    if backbone.device.type == "cpu" and backbone.model.dtype == torch.float32:
+        gap, limit = gaps.max(), 1e-4 / min(1, temperature)
     if not gap < limit:
         found.append(f"sampler and update disagree on log p by {gap:.2g}: wrong temperature, "
                      "positions, padding side or shift")
@@ -641,23 +635,19 @@ def make_start(args):
     It is a function of these flags, of the model's weights, and of the code that makes it: all of
     them are in the folder's name.
     """
-    words = []
+    words = ["--ood"] * args.ood + ["--no-announce"] * (not args.announce)
+    words += ["--grad-checkpoint"] * args.grad_checkpoint
     for name in ("task", "seed", "model", "split", "routes", "other_routes", "picture_size",
                  "dtype", "freeze", "preset", "threads"):
         if getattr(args, name):
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    words += ["--ood"] * args.ood + ["--no-announce"] * (not args.announce) + [
-        "--grad-checkpoint"] * args.grad_checkpoint
     wanted = sft.flags(words)
-    step = sft.start_step(wanted)
-    folder = pathlib.Path("runs") / (f"start-{args.task}-s{args.seed}-"
-                                     + sft.content_digest(wanted))
+    step, digest = sft.start_step(wanted), sft.content_digest(wanted)
+    folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}-{digest}"
     path = folder / f"step-{step:06d}"
+    print(f"SFT start, {step} steps, made once: {path}", flush=True)
     if not (path / "state.pt").exists():
-        print(f"SFT start: none given, so {step} steps of SFT first, into {path}", flush=True)
         sft.run_sft(wanted, folder, step, sft.open_backbone(wanted))
-    else:
-        print(f"SFT start: {path} (made by an earlier run)", flush=True)
     return path
 
 
