@@ -4,8 +4,7 @@ Paper: arXiv 2501.17161, section 5 (ID, rule OOD) and appendix C.3.
 
   1. cells: the kinds of games that are measured; their hands never depend on a training seed
   2. play all episodes in one batch; rl.py collects its experience with the same function
-  3. the sampler: reads growing conversations with one key-value cache; a token's slot in it is its
-     position in the conversation
+  3. the sampler: reads growing conversations with one key-value cache
   4. on a GPU the reading of one token is recorded and played back
   5. count, with intervals
   6. measure a model
@@ -88,10 +87,9 @@ def cell_environments(cell, split, count, task="gp-l", shown=None, fresh=False, 
                       where=(TRAINING_CITY, OTHER_CITIES)):
     """Environments and seeds of one cell. The hands depend on (cell, split, count) alone.
 
-    task: whose cell it is. shown: how its pictures are shown (sft.picture_options), None for as
-    small as the small backbone sees. fresh: no try knows of the others. tries: answers a hand or a
-    position, None for the paper's 5 and 2. where: V-IRL's training place, and its other places,
-    which take turns.
+    shown: how pictures are shown (sft.picture_options), None: as the small backbone sees. fresh: no
+    try knows of the others. tries: answers a hand or a position, None for the paper's 5 and 2.
+    where: V-IRL's training place, and its other places, which take turns.
     """
     how = {"split": split, "fresh": fresh} | TASK_CELLS[task][cell]
     if tries:
@@ -457,10 +455,9 @@ def rate(outcomes):
 def measure(episodes):
     """What a list of finished hands shows. Returns a dict of counts and rates in 0..1.
 
-    success: correct within the tries (the paper's measure); first_try: at once; cards_read,
-    numbers_read: share of first answers whose `cards` / `number` field is right (numbers: under the
-    STATED rule); errors: kinds of the wrong first answers; tries: mean number of answers; cut:
-    share of answers that were cut off.
+    success: correct within the tries (the paper's measure). Of first answers: first_try, right;
+    cards_read, numbers_read, that field right (numbers: under the STATED rule); errors, kinds of
+    the wrong ones. tries: mean number of answers. cut: share of answers that were cut off.
     """
     # Reading is judged on the FIRST answer: later ones have seen the verifier's message, which
     # names the numbers that are missing and so gives the rule away.
@@ -581,12 +578,10 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
              batch=256, blindfold=False, fresh=True, **how):
     """Play `count` hands or walks of each cell and split, and print a line for each.
 
+    batch: episodes played together. It changes the draws: compare models at the same one. fresh:
+    play everything a second time with tries that know nothing of each other, and add "fresh",
+    "fresh_interval" and "message" = success - fresh. how: see `cell_environments`.
     Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes, ...}).
-
-    batch: episodes played together. It changes the draws, not what is measured: compare models at
-    the same one. fresh: play everything a second time with tries that know nothing of each other,
-    and add "fresh", "fresh_interval" and "message" = success - fresh. how: tries, shown and where
-    of `cell_environments`.
     """
     judge = measure_walks if task.startswith("virl") else measure
     settings = temperature, max_new_tokens, batch, blindfold
@@ -641,10 +636,9 @@ def evaluate_run(args, cells):
     rows = {row["step"]: row for row in sft.read_lines(path)}
     trained = {row["step"]: row for row in sft.read_lines(folder / "metrics.jsonl")}
     for step, checkpoint in found.items():
-        charged = trained.get(step, {}).get("flops", 0)
-        row = rows.setdefault(step, {
-            "step": step, "hands": args.hands, "how": how, "flops": charged, "cells": {},
-            "flops_spent": trained.get(step, {}).get("flops_spent", charged)})
+        flops = trained.get(step, {}).get("flops", 0)       # of SFT: all that is charged is spent
+        row = rows.setdefault(step, {"step": step, "hands": args.hands, "how": how, "flops": flops,
+                                     "flops_spent": flops, "cells": {}})
         lacking = dict.fromkeys(cell for cell, split in cell_splits(cells, args.splits, args.task)
                                 if f"{SPLIT_NAMES[split]}/{cell}" not in row["cells"])
         if not lacking:
@@ -690,7 +684,7 @@ def show_more(results):
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in m["errors"].items())
         print(f"\n# {name}: first answers that were wrong: {kinds or 'none'}")
         if "kinds" in m:
-            print("    right tries, as the rail goes on:", ", ".join(
+            print("    right tries where the rail goes on:", ", ".join(
                 f"{kind} {r['rate']:.1%} of {r['count']}" for kind, r in m["kinds_on"].items()))
             print(f"    first answers right: landmarks {m['landmarks_present']:.1%} where there is "
                   f"one, {m['landmarks_empty']:.1%} where there is none; intersection "
@@ -726,16 +720,14 @@ def flags(argv=None):
     add("--run", help="a run folder of sft.py: play all its checkpoints")
     add("--steps", type=int, nargs="+", help="with --run: only these checkpoints")
     add("--cells", nargs="+", metavar="CELL", help="measure just these (a wrong one lists all)")
-    add("--splits", nargs="+", choices=SPLIT_NAMES, default=["train", "test"],
-        help="hands or routes: train (seen), test (held out), val, all")
+    add("--splits", nargs="+", choices=SPLIT_NAMES, default=["train", "test"], help="of the hands")
     add("--hands", type=int, default=1000, help="episodes a cell (1000; V-IRL 180; paper 234, 48)")
     add("--tries", type=int, help="answers a hand or a position (paper: 5; V-IRL: 2)")
     add("--temperature", type=float, default=0.6, help="of sampling (default 0.6, as Llama ships)")
     add("--batch", type=int, default=256, help="episodes at once (default 256; V-IRL: 64)")
     add("--blindfold", action="store_true", help="-vl: grey in place of every picture")
     add("--show", type=int, default=0, metavar="N", help="print N transcripts a cell")
-    # 180 walks are about 3,000 tries, so that per-step accuracy is known to +-2 points. A prompt on
-    # a walk is five times as long as a hand's: fewer in a batch.
+    # 180 walks are about 3,000 tries: per-step accuracy is known to +-2 points
     walks = {"hands": 180, "batch": 64}
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), walks), {}, argv)
     for cell in args.cells or ():
@@ -758,8 +750,7 @@ def main():
         return evaluate_run(args, cells)
     if args.out:
         open(args.out, "a").close()         # a path that fails, fails now
-    print(f"{args.model} on {args.task}: {args.hands} episodes a cell, temperature "
-          f"{args.temperature:g}" + ", blindfolded" * args.blindfold, flush=True)
+    print(f"{args.model} on {args.task}: {args.hands} episodes a cell", flush=True)
     results, episodes = measure_model(args, sft.open_backbone(args), cells)
     if args.out:                            # before anything long is printed
         pathlib.Path(args.out).write_text(json.dumps(results, indent=1) + "\n")

@@ -48,7 +48,6 @@ from evaluate import CURVE_CELLS, cut, evaluate, new_game, play
 from sft import (Problem, batch, by_length, checkpoints, load_state, pictured, save_checkpoint,
                  task_parameters, token_logprobs, trunk)
 
-# Constants of PPO that no experiment here turns.
 VALUE_COEF = 0.5            # weight of the value loss (paper: the same)
 MAX_GRAD_NORM = 1.0         # of the policy and of the critic, each
 
@@ -120,8 +119,7 @@ def conversations(episodes):
 
 
 def build_value_head(hidden, seed):
-    """The critic: a small MLP on the policy's own hidden state, (.., H) -> (..,). V is 0 at first.
-    """
+    """The critic: an MLP on the policy's own hidden state, (.., H) -> (..,); V is 0 at first."""
     wide, narrow = max(128, hidden // 4), max(64, hidden // 8)
     head = torch.nn.Sequential(torch.nn.Linear(hidden, wide), torch.nn.ReLU(),
                                torch.nn.Linear(wide, narrow), torch.nn.ReLU(),
@@ -225,15 +223,13 @@ def add_advantages(rows, episodes, gamma, lam):
     of 0, where every episode was paid alike: nothing tells a good answer from a bad one then, and
     dividing the critic's rounding by its own spread would make noise look like a lesson.
     """
-    # An episode may lie in several rows (V-IRL forgets after each right action); time runs on
-    # through all of them, so tries are put back in order by (episode, number of the try). What
-    # follows the last try at a position is V of the next position, read in ANOTHER row: forgetting
-    # the words ends a conversation, not the episode.
+    # An episode may lie in several rows. What follows the last try at a position is V of the next
+    # position, read in ANOTHER row: forgetting the words ends a conversation, not the episode.
     value_of = {t: v for r in rows for t, v in zip(r["tries"], r["values"].tolist())}
     order, advantages, returns = {}, [], []
     for e, episode in enumerate(episodes):
-        rewards = torch.tensor([turn.reward for turn in episode.turns])
-        values = torch.tensor([value_of[e, k] for k in range(len(rewards))])
+        rewards = [turn.reward for turn in episode.turns]
+        values = [value_of[e, k] for k in range(len(rewards))]
         a, r = gae(rewards, values, episode.terminated, episode.truncated, gamma, lam)
         order |= {(e, k): len(order) + k for k in range(len(rewards))}
         advantages.append(a)
@@ -504,11 +500,10 @@ class Policy:
 def compute(task, size, counts, passes=2):
     """FLOPs so far: by the paper's formula (README eq. 6) and really spent (eq. 7).
 
-    size: parameters N. counts: tokens that went through SFT before this run ("init"), through PPO's
-    forward and backward passes ("trained"), and that the sampler read ("sampled"). The paper
-    charges 2 N * 6 * D_RL for sampling (V-IRL: 5.1), as if every new token read the whole
-    conversation again; with a cache the sampler reads each token once, and the scoring pass once
-    more (passes = 2; the reference of --kl-coef makes it 3).
+    size: parameters N. counts: of tokens, as in `Policy`. The paper charges 2 N * 6 * D_RL for
+    sampling (V-IRL: 5.1), as if every new token read the whole conversation again; with a cache the
+    sampler reads each token once, and the scoring pass once more (passes = 2; the reference of
+    --kl-coef makes it 3).
     """
     again = 5.1 if task.startswith("virl") else 6
     training = 6 * size * (counts["init"] + counts["trained"])
@@ -545,7 +540,6 @@ def one_line(row, can_learn):
         return line + "  every episode was paid alike, nothing to learn from: no step"
     explained = math.nan if row["explained_variance"] is None else row["explained_variance"]
     line += (f"  kl {row['approx_kl']:.4f}  clip {row['clipfrac']:5.1%}  ev {explained:5.2f}  "
-             f"entropy {row['entropy']:.3f}  "
              f"{row['seconds_collect']:.0f}+{row['seconds_update']:.0f} s")
     return line + (f"  CUT OFF {row['cut']:.1%} of answers" if row["cut"] > 0.02 else "")
 
@@ -554,25 +548,20 @@ def one_line(row, can_learn):
 
 
 def complaints(rows, episodes, backbone, split, temperature=0.6):
-    """Invariants of a fresh batch, before anything was learnt from it. Returns a list of sentences.
-
-    They cost nothing and catch the classic silent bugs of this kind of code.
-    """
+    """What is wrong with a fresh batch, before anything was learnt from it: a list of sentences."""
     sampled, scored = both_logprobs(rows, episodes)
     if len(sampled) != len(scored):
         return [f"{len(sampled)} tokens were sampled, {len(scored)} masked: the loss mask is off"]
     found, gaps = [], (sampled - scored).abs()
-    # float32 on a CPU: the largest gap. Elsewhere bf16 rounds differently in batches of other
-    # shapes, and a low temperature magnifies that: a few tokens may differ much, all of them on
-    # average only if something is wrong.
+    # bf16 rounds differently in batches of other shapes, and a low temperature magnifies that: a
+    # few tokens may differ much, all of them on average only if something is wrong.
     gap, limit = gaps.mean(), 0.05 / temperature
     if backbone.device.type == "cpu" and backbone.model.dtype == torch.float32:
         gap, limit = gaps.max(), 1e-4 / min(1, temperature)
     if not gap < limit:
         found.append(f"sampler and update disagree on log p by {gap:.2g}: wrong temperature, "
                      "positions, padding side or shift")
-    # Asked of what was dealt, not of the split that the game was told to deal from: a leak in the
-    # dealing is just what this must find. --split all holds nothing out.
+    # Asked of what was dealt: a leak in the dealing is just what this must find.
     if split == "train" and not all(in_training(e.env) for e in episodes):
         found.append("a held-out hand or route is among those of training")
     return found
@@ -591,8 +580,7 @@ def self_check(rows, episodes, backbone, split, temperature=0.6):
         raise Problem(f"self-check: {found[0]}")
     sampled, scored = both_logprobs(rows, episodes)
     return (f"self-check: log p of sampler and update within {(sampled - scored).abs().max():.1e}, "
-            f"{len(scored)} tokens sampled and masked, {1 - cut(episodes):.1%} of answers ended"
-            + ", no held-out hand or route" * (split == "train"))
+            f"{len(scored)} tokens" + ", no held-out hand or route" * (split == "train"))
 
 
 def in_training(env):
@@ -615,8 +603,7 @@ def inspect(args):
     print("pos  token                     mask   log p   value  reward  advantage  return")
     answer = iter(row["logprobs"].tolist())
     for i, (token, m) in enumerate(zip(row["ids"], row["mask"])):
-        text = repr(backbone.tokenizer.decode([token]))
-        line = f"{i:3d}  {text if len(text) < 25 else text[:21] + '...':25s} {m:3d}"
+        line = f"{i:3d}  {repr(backbone.tokenizer.decode([token]))[:25]:25s} {m:3d}"
         line += f"  {next(answer):7.3f}" if m else ""
         if i in row["value_at"]:
             k = row["value_at"].index(i)        # number of the try in this row
@@ -632,16 +619,12 @@ def inspect(args):
 def make_start(args):
     """The SFT start: made once by stage 1, kept in runs/, found again. Returns its path.
 
-    It is a function of these flags, of the model's weights, and of the code that makes it: all of
-    them are in the folder's name.
+    The folder's name holds a digest of all that decides it: flags, the model's weights, the code.
     """
-    words = ["--ood"] * args.ood + ["--no-announce"] * (not args.announce)
-    words += ["--grad-checkpoint"] * args.grad_checkpoint
-    for name in ("task", "seed", "model", "split", "routes", "other_routes", "picture_size",
-                 "dtype", "freeze", "preset", "threads"):
-        if getattr(args, name):
-            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    wanted = sft.flags(words)
+    wanted = sft.flags(["--task", args.task] + ["--preset", args.preset] * bool(args.preset))
+    for name in ("seed", "model", "split", "routes", "other_routes", "picture_size", "announce",
+                 "dtype", "freeze", "ood", "grad_checkpoint"):
+        setattr(wanted, name, getattr(args, name))
     step, digest = sft.start_step(wanted), sft.content_digest(wanted)
     folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}-{digest}"
     path = folder / f"step-{step:06d}"
@@ -651,11 +634,9 @@ def make_start(args):
     return path
 
 
-# Defaults of walks, where they differ from those of hands. A walk has about 13 tries, as many as
-# four hands, so 64 walks are as much experience as 256 hands. Those 13 tries fill 11 conversations,
-# the tries of four hands fill 4: a minibatch of as many tries has 96 conversations instead of 32.
-# At twice this learning rate one seed of three fell below its start. 48 walks are evaluated on, as
-# in the paper.
+# Walks have other defaults. One has about 13 tries, as many as four hands, in 11 conversations
+# instead of 4: 64 walks are as much experience as 256 hands, and a minibatch of as many tries has
+# 96 conversations. At twice this learning rate one seed of three fell below its start.
 WALKS = {"tries": virl_env.TRIES, "updates": 10, "episodes": 64, "minibatch": 96, "lr": 5e-5,
          "eval_hands": 48, "eval_every": 5}
 # --preset paper (appendix C.2 and the launch scripts): 2,048 tries an update, 1,024 an optimiser
@@ -699,17 +680,14 @@ def flags(argv=None):
             ("lam", float, 0.95, "lambda of GAE (paper: 0.95)"),
             ("eval-hands", int, 500, "hands or walks a cell at both ends"),
             ("eval-every", int, 12, "updates between short evaluations")):
-        own = WALKS.get(name.replace("-", "_"))
-        text += f"; default {default}" + (f", V-IRL: {own}" if own is not None else "")
-        add(f"--{name}", type=kind, default=default, help=text)
+        walks = WALKS.get(name.replace("-", "_"), default)
+        add(f"--{name}", type=kind, default=default, help=f"{text}; {default}, V-IRL: {walks}")
     add("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
         help="let the critic's gradient into the trunk (paper: yes)")
     add("--ratio", choices=("token", "answer"), default="token",
         help="one ratio for each token, or the paper's one for a whole answer")
-    add("--eval-split", choices=("test", "val"), default="test",
-        help="what is held out: test for reporting, val while tuning")
-    add("--inspect", action="store_true", help="print one hand, or one position of a walk, token "
-        "by token, and stop")
+    add("--eval-split", choices=("test", "val"), default="test", help="val while tuning")
+    add("--inspect", action="store_true", help="print one conversation, token by token, and stop")
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), WALKS), PRESETS, argv)
     if args.temperature <= 0:
         raise Problem("--temperature must be above 0: PPO needs a policy that explores")
