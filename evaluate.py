@@ -146,8 +146,7 @@ class Episode:
     new: bool = True            # the latest user turn opens a conversation
 
     def hear(self, backbone, observation, blindfold=False):
-        """Take in what the environment says, as the next user turn (the paper's sequential
-        revision), or as the first of a new conversation."""
+        """Take in what the environment says, as the next user turn or the first of a new talk."""
         self.new, image = observation["new_conversation"], observation["image"]
         if image is not None:
             image = Image.new("RGB", image.size, (127, 127, 127)) if blindfold else image
@@ -201,18 +200,16 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, bli
 
 
 def sample_answers(reader, playing, temperature, max_new_tokens, generator):
-    """Read what is pending of each episode, then sample an answer for each.
+    """Read what is pending of each episode, then sample an answer for each: [(ids, logprobs)].
 
-    Returns [(ids, logprobs)], the end token included if it came. The last token of an answer has
-    not been read.
+    The end token is included if it came. The last token of an answer has not been read.
     """
     device = reader.length.device
     ids = pad([episode.pending for episode in playing]).to(device)                      # (B, W)
     counts = torch.tensor([len(episode.pending) for episode in playing], device=device)
     logits = reader.read(ids, counts, [episode.picture for episode in playing])
     if logits.isnan().any():
-        raise Problem("the model's output is not a number: its weights are damaged, or a learning "
-                      "rate was too high")
+        raise Problem("the model's output is not a number: was a learning rate too high?")
     ends = torch.tensor(reader.backbone.end_ids, device=device)
     going = torch.ones(len(playing), dtype=torch.bool, device=device)   # rows still speaking
     said, scores, spoke = [], [], []                                    # a column (B,) a token
@@ -235,8 +232,7 @@ def draw(logits, temperature, generator=None):
     """Draw a token of each row: logits (B, V) -> (tokens (B,), their log-probabilities (B,)).
 
     No top-k, no top-p, no penalty: rl.py scores these tokens again, as a plain softmax at this
-    temperature, and that has to be the policy that played. At temperature 0 the likeliest token
-    is taken, with its log p at temperature 1.
+    temperature, and that has to be the policy that played. At 0 the likeliest token is taken.
     """
     logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
     if temperature > 0:
@@ -252,10 +248,8 @@ def draw(logits, temperature, generator=None):
 class SlotLayer(DynamicLayer):
     """Keys and values (B, heads, room, size) of one layer. A token's slot is its position."""
 
-    where, room = None, 0       # (B, W) slots of the tokens that are read now; slots in all
-
     def update(self, key_states, value_states, *args, **kwargs):
-        """Store (B, heads, W, size) keys and values at `where`; return all of them."""
+        """Store (B, heads, W, size) keys and values; `Reader.step` has set where (B, W) and room."""
         kept = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
             old = new[:, :, :0] if old is None else old
@@ -400,8 +394,7 @@ def read_recorded(reader, ids, counts):
         raise
     except RuntimeError as error:       # what a model does on its way may forbid it
         Reader.recorded_on = ()
-        tqdm.write("reading one token cannot be recorded here, it goes on step by step, slower "
-                   f"({str(error).splitlines()[0]})")
+        tqdm.write(f"one token cannot be recorded, go on step by step: {str(error)[:60]!r}")
     return reader.step(ids, counts, {})
 
 
@@ -436,9 +429,8 @@ def rate(outcomes):
     """A rate with an interval that knows of groups: {"rate", "count", "interval"}.
 
     outcomes: [(group, 0 or 1)]. 1,000 held-out hands are 96 multisets of numbers, and hands of one
-    multiset succeed or fail together; so do the tries of one walk. The variance of the rate is that
-    between groups, and Wilson's interval is taken at the number of independent outcomes that would
-    have this variance (never more than there are outcomes).
+    multiset succeed or fail together; so do the tries of one walk. Wilson's interval is taken at
+    the number of independent outcomes that would have the variance between groups.
     """
     groups = {}
     for group, hit in outcomes:
@@ -463,9 +455,8 @@ def measure(episodes):
     # names the numbers that are missing and so gives the rule away.
     first = [episode.turns[0].verdict for episode in episodes]
     hands = [episode.env.hand for episode in episodes]
-    # `fake` scores by another rule than it states: judge again
     stated = [gp_env.verify_gp(episode.turns[0].text, hand.cards, hand.numbers)
-              for episode, hand in zip(episodes, hands)]
+              for episode, hand in zip(episodes, hands)]    # `fake` was scored by another rule
     found = {"first_try": mean(v.correct for v in first),
              "cards_read": mean(v.cards_right for v in first),
              "numbers_read": mean(v.numbers_right for v in stated), "errors": errors(first)}
@@ -499,10 +490,7 @@ def cut(episodes):
 
 
 def positions(episode):
-    """The tries of an episode, position by position, as lists of Turn. A hand is one position.
-
-    On a walk a right answer, or the last try, moves the walker on to the next.
-    """
+    """The tries of an episode, position by position, as lists of Turn. A hand is one position."""
     found = [[]]
     for turn in episode.turns:
         found[-1].append(turn)
@@ -528,9 +516,8 @@ def measure_walks(episodes):
         right tries    0 of 2       1 of 1    1 of 2       1 of 1      0 of 2     3 of 6
 
     kinds, kinds_on: the same for each kind of action; turns: both kinds of turn together, the rail
-    going on: only there the rules differ. Of the first answers: landmarks_present, landmarks_empty
-    (right where there is a landmark, where there is none), crossings_read, whole_right (all of that
-    and the action).
+    going on: only there the rules differ. Of first answers: landmarks_present, landmarks_empty
+    (right where there is one, where there is none), crossings_read, whole_right (and the action).
     """
     paper, on = [], []                      # (walk, kind of action, verdict) of tries
     first, present, empty = [], [], []      # verdicts of first tries; whether landmarks were right
@@ -603,11 +590,7 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
 
 
 def play_cell(backbone, games, temperature, max_new_tokens, batch, blindfold):
-    """Play the (environments, seeds) of a cell, `batch` at a time. Returns the episodes.
-
-    Hands are a function of the cell, and where the draws begin, too: two checkpoints meet the same
-    hands, and their difference is not the luck of the deal.
-    """
+    """Play the (environments, seeds) of a cell; the draws of every checkpoint begin alike."""
     episodes, (envs, seeds) = [], games
     for start in range(0, len(envs), batch):
         generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
@@ -622,8 +605,7 @@ def play_cell(backbone, games, temperature, max_new_tokens, batch, blindfold):
 def evaluate_run(args, cells):
     """Play every checkpoint of an SFT run; writes eval.jsonl there, goes on where it stopped.
 
-    A step that was measured already is played again only for cells that its row lacks. Raises
-    Problem if those were measured in another way.
+    Only cells that a row lacks are played. Raises Problem if it was measured in another way.
     """
     folder = pathlib.Path(args.run)
     found = {step: path for step, path in sft.checkpoints(folder)
@@ -644,8 +626,7 @@ def evaluate_run(args, cells):
         if not lacking:
             continue
         if row.get("how", how) != how:
-            raise Problem(f"--run {folder}: step {step} was measured with {row['how']}: give the "
-                          f"same flags, or move {path} away")
+            raise Problem(f"{path}: measured with {row['how']}: give the same flags, or move it")
         print(f"step {step}", flush=True)
         row["cells"] |= measure_model(args, sft.open_backbone(args, checkpoint), lacking)[0]
         aside = path.with_suffix(".tmp")
@@ -705,8 +686,6 @@ def show_transcripts(episodes, count):
                 prompt, moved = turn.message, turn is tries[-1] and at < len(talks)
                 said = turn.verdict.message if moved else turn.message
                 print(f"  model     {turn.text}\n  verifier  [{turn.reward:+.1f}] {said}")
-        if len(talks) > 3:
-            print(f"... and {len(talks) - 3} more positions")
 
 
 # -------- 8. Command line
@@ -732,8 +711,7 @@ def flags(argv=None):
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), walks), {}, argv)
     for cell in args.cells or ():
         if cell not in TASK_CELLS[args.task]:
-            raise Problem(f"--cells {cell}: not a cell of {args.task}; it has "
-                          f"{', '.join(TASK_CELLS[args.task])}")
+            raise Problem(f"--cells {cell}: {args.task} has {', '.join(TASK_CELLS[args.task])}")
     if args.steps and not args.run:
         raise Problem("--steps says which checkpoints of a --run to play; give one")
     if args.blindfold and not pictured(args.task):

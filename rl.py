@@ -8,8 +8,7 @@ ACTION, for the ratio, is one token of the answer (the default) or the whole ans
   1. collect: play B episodes with the current policy (evaluate.play)
   2. score: one forward pass over each conversation gives log p of every sampled token and, at the
      last prompt token before each answer, the value V of that state
-  3. advantages: GAE over the tries of an episode, also where it lies in several conversations (a
-     walk: one for each position); nothing leaks past its end
+  3. advantages: GAE over the tries of an episode, through all its conversations, not past its end
   4. update: several epochs of minibatches on the clipped policy loss + clipped value loss
   5. the loop: 1 to 4 again and again; log, save, now and then evaluate under the other rule
   6. checks of a fresh batch, and a look at one conversation, token by token
@@ -63,7 +62,7 @@ def seeded(*numbers):
 def collect(backbone, args, update):
     """Play args.episodes training episodes with the current policy. Returns a list of Episode.
 
-    Hands and samples are a function of (seed, update), so a resumed run plays the same games.
+    Hands and samples are a function of (seed, update): a resumed run plays the same games.
     """
     envs = [new_game(args.task, split=args.split, tries=args.tries, **sft.game_options(args))
             for _ in range(args.episodes)]
@@ -93,8 +92,6 @@ def conversations(episodes):
         position of the rail    1             2        3
         tries                   wrong right   right    wrong wrong
         rows                    (e,0) (e,1)   (e,2)    (e,3) (e,4)
-
-    Of one conversation:
 
         position   0  1  2   3  4  5   6  7   8  9
         token      p  p  p   a  a  .   m  m   a  .       p prompt, a answer, . end, m message
@@ -180,9 +177,8 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
 
     What stands for V_{k+1} at the end is where implementations go wrong:
       terminated  the game is over, no reward can follow: 0
-      truncated   it was cut; the value of what would have come next is `after`. Running out of
-                  tries is a rule of this game that the agent cannot play past, so `after` is always
-                  0 in this file. PPO that cuts episodes where a buffer is full puts V(next state)
+      truncated   it was cut; `after` is the value of what would have come next. Out of tries, a
+                  rule that the agent cannot play past: 0. A full buffer: V(next state)
       Never the value of another episode.
 
     rewards, values: (K,) float. Returns (advantages, returns), both (K,). Worked example (gamma
@@ -209,9 +205,8 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
 def normalised(advantages):
     """Advantages (n,) of a whole batch -> the same with mean 0 and standard deviation 1.
 
-    One mean and one spread for the whole batch, not for each minibatch (PPO's usual way, Huang et
-    al. 2022, detail 7): otherwise the sign of an advantage would depend on which other episodes it
-    happened to be shuffled with.
+    Not of each minibatch (PPO's usual way, Huang et al. 2022, detail 7): the sign of an advantage
+    would depend on which other episodes it happened to be shuffled with.
     """
     return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
@@ -219,9 +214,8 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns are left alone, they are what the critic has to predict. Returns False, and advantages
-    of 0, where every episode was paid alike: nothing tells a good answer from a bad one then, and
-    dividing the critic's rounding by its own spread would make noise look like a lesson.
+    Returns False, and advantages of 0, where every episode was paid alike: nothing tells a good
+    answer from a bad one, and normalising would make the critic's rounding look like a lesson.
     """
     # An episode may lie in several rows. What follows the last try at a position is V of the next
     # position, read in ANOTHER row: forgetting the words ends a conversation, not the episode.
@@ -285,11 +279,10 @@ def per_answer(token_values, counts):
 
 
 def kl_price(logprobs, start_logprobs):
-    """A price for moving away from the start, summed over tokens (N,).
+    """A price for moving away from the start, summed over sampled tokens (N,).
 
-    With gap = log p_start - log p, the mean of exp(gap) - 1 - gap over sampled tokens estimates
-    KL(policy || start) and is never negative (k3 in Schulman's note). Its gradient, though, is that
-    of KL(start || policy).
+    The mean of exp(gap) - 1 - gap estimates KL(policy || start) and is never negative (k3 in
+    Schulman's note). Its gradient, though, is that of KL(start || policy).
     """
     gap = start_logprobs - logprobs
     return (gap.exp() - 1 - gap).sum()
@@ -342,19 +335,16 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
 def rate_scale(update, updates, steps_done, warmup):
     """What the learning rates are multiplied with at one optimiser step, in 0..1.
 
-    Warm-up: Adam's first steps are about lr long, however small the gradient. Without it the very
-    first update moved the policy further (approx_kl 0.13) than any of the next ten. Then a cosine
-    over the updates, as in the paper. steps_done: optimiser steps before this one, of all updates.
+    Warm-up: Adam's first steps are about lr long, however small the gradient; without it the first
+    update moved the policy further (approx_kl 0.13) than any of the next ten. Times a cosine over
+    the updates, as in the paper. steps_done: optimiser steps before this one, of all updates.
     """
     cosine = 0.5 * (1 + math.cos(math.pi * update / updates))
     return cosine * min(1.0, (steps_done + 1) / max(1, warmup))
 
 
 def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True):
-    """args.epochs passes over the batch in shuffled minibatches. Returns mean statistics.
-
-    learn_policy False: only the critic takes steps (see `add_advantages`).
-    """
+    """args.epochs passes over the batch -> mean statistics. Without learn_policy V alone moves."""
     sft.learning_mode(backbone, True)
     # Optimiser steps of all earlier updates; an estimate on walks, whose rows vary in number.
     done = update * args.epochs * math.ceil(len(rows) / args.minibatch)
@@ -425,9 +415,8 @@ def run(args):
         # The checkpoint comes last: killed at any moment before, the run goes on from the one of
         # the update before, drops what was written since, and writes the same again.
         policy.save(update + 1)
-    last = shlex.quote(f"{policy.folder}/step-{args.updates:06d}")
-    print(f"done in {(time.time() - began) / 60:.1f} minutes. Next:\n"
-          f"    python evaluate.py --ood --show 2 --model {last}")
+    print(f"done in {(time.time() - began) / 60:.1f} minutes. Next:\n    python evaluate.py --ood "
+          f"--show 2 --model {shlex.quote(f'{policy.folder}/step-{args.updates:06d}')}")
 
 
 class Policy:
@@ -460,9 +449,8 @@ class Policy:
             self.first, path = saved[-1]
             state = load_state(path, model=self.backbone, optimizer=self.optimizer, head=self.head)
             self.counts = state["counts"]
-        resume_at = self.first if saved else None
-        self.metrics = sft.Metrics(self.folder, resume_at)
-        self.measured = sft.Metrics(self.folder, resume_at, "eval.jsonl")
+        self.metrics = sft.Metrics(self.folder, self.first if saved else None)
+        self.measured = sft.Metrics(self.folder, self.first if saved else None, "eval.jsonl")
 
     def score_start(self, rows):
         """With --kl-coef: add the start's log-probabilities of the sampled tokens to each row."""
@@ -502,8 +490,7 @@ def compute(task, size, counts, passes=2):
 
     size: parameters N. counts: of tokens, as in `Policy`. The paper charges 2 N * 6 * D_RL for
     sampling (V-IRL: 5.1), as if every new token read the whole conversation again; with a cache the
-    sampler reads each token once, and the scoring pass once more (passes = 2; the reference of
-    --kl-coef makes it 3).
+    sampler reads each token once, the scoring pass once more (passes = 2; with --kl-coef 3).
     """
     again = 5.1 if task.startswith("virl") else 6
     training = 6 * size * (counts["init"] + counts["trained"])
@@ -512,12 +499,9 @@ def compute(task, size, counts, passes=2):
 
 
 def explained_variance(values, returns):
-    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant, below 0 if harmful.
-
-    None where all returns are alike: there is no variance to explain.
-    """
-    left, all_of_it = ((x - x.mean()).square().mean() for x in (returns - values, returns))
-    return float(1 - left / all_of_it) if all_of_it > 1e-8 else None
+    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant. None where Var(R) = 0."""
+    left, total = ((x - x.mean()).square().mean() for x in (returns - values, returns))
+    return float(1 - left / total) if total > 1e-8 else None
 
 
 def summary(rows, episodes):
@@ -639,8 +623,7 @@ def make_start(args):
 # 96 conversations. At twice this learning rate one seed of three fell below its start.
 WALKS = {"tries": virl_env.TRIES, "updates": 10, "episodes": 64, "minibatch": 96, "lr": 5e-5,
          "eval_hands": 48, "eval_every": 5}
-# --preset paper (appendix C.2 and the launch scripts): 2,048 tries an update, 1,024 an optimiser
-# step, here as episodes and conversations. No warm-up, one ratio an answer, one learning rate.
+# --preset paper (appendix C.2, launch scripts): 2,048 tries an update, 1,024 an optimiser step
 PAPER = {"updates": 20, "episodes": 500, "tries": 5, "minibatch": 250, "temperature": 0.2,
          "max_new_tokens": 512, "lr": 1e-6, "value_lr": 1e-6, "warmup": 0, "epochs": 4, "clip": 0.1,
          "value_clip": 0.1, "value_trunk": True, "ratio": "answer", "eval_hands": 234,
@@ -684,8 +667,7 @@ def flags(argv=None):
         add(f"--{name}", type=kind, default=default, help=f"{text}; {default}, V-IRL: {walks}")
     add("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
         help="let the critic's gradient into the trunk (paper: yes)")
-    add("--ratio", choices=("token", "answer"), default="token",
-        help="one ratio for each token, or the paper's one for a whole answer")
+    add("--ratio", choices=("token", "answer"), default="token", help="paper: answer")
     add("--eval-split", choices=("test", "val"), default="test", help="val while tuning")
     add("--inspect", action="store_true", help="print one conversation, token by token, and stop")
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), WALKS), PRESETS, argv)
