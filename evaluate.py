@@ -249,7 +249,7 @@ class SlotLayer(DynamicLayer):
     """Keys and values (B, heads, room, size) of one layer. A token's slot is its position."""
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Store (B, heads, W, size) keys and values; `Reader.step` has set where (B, W) and room."""
+        """Store (B, heads, W, size) keys and values; `Reader.step` set where (B, W) and room."""
         kept = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
             old = new[:, :, :0] if old is None else old
@@ -490,7 +490,10 @@ def cut(episodes):
 
 
 def positions(episode):
-    """The tries of an episode, position by position, as lists of Turn. A hand is one position."""
+    """The tries of an episode, position by position, as lists of Turn. A hand is one position.
+
+    On a walk a right answer, or the last try, moves the walker on to the next.
+    """
     found = [[]]
     for turn in episode.turns:
         found[-1].append(turn)
