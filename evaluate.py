@@ -4,8 +4,7 @@ Paper: arXiv 2501.17161, section 5 (ID, rule OOD) and appendix C.3.
 
   1. cells: the kinds of games that are measured; their hands never depend on a training seed
   2. play all episodes in one batch; rl.py collects its experience with the same function
-  3. the sampler: reads growing conversations with one key-value cache; a token's slot in it is its
-     position in the conversation
+  3. the sampler: reads growing conversations with one key-value cache
   4. on a GPU the reading of one token is recorded and played back
   5. count, with intervals
   6. measure a model
@@ -33,7 +32,6 @@ import json
 import math
 import pathlib
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -89,10 +87,9 @@ def cell_environments(cell, split, count, task="gp-l", shown=None, fresh=False, 
                       where=(TRAINING_CITY, OTHER_CITIES)):
     """Environments and seeds of one cell. The hands depend on (cell, split, count) alone.
 
-    task: whose cell it is. shown: how its pictures are shown (sft.picture_options), None for as
-    small as the small backbone sees. fresh: no try knows of the others. tries: answers a hand or a
-    position, None for the paper's 5 and 2. where: V-IRL's training place, and its other places,
-    which take turns.
+    shown: how pictures are shown (sft.picture_options), None: as the small backbone sees. fresh: no
+    try knows of the others. tries: answers a hand or a position, None for the paper's 5 and 2.
+    where: V-IRL's training place, and its other places, which take turns.
     """
     how = {"split": split, "fresh": fresh} | TASK_CELLS[task][cell]
     if tries:
@@ -140,8 +137,7 @@ class Episode:
     env: object
     prompt: str
     turns: list = field(default_factory=list)
-    terminated: bool = False    # the game is over. A hand is solved then; a walk whose rail goes on
-                                # may have missed positions all the same: ask `solved`
+    terminated: bool = False    # the game is over (a walk may have missed positions: see `solved`)
     truncated: bool = False     # out of tries
     # --- while it is played
     told: list = None           # tokens of the latest user turn: what the update will see as prompt
@@ -150,8 +146,7 @@ class Episode:
     new: bool = True            # the latest user turn opens a conversation
 
     def hear(self, backbone, observation, blindfold=False):
-        """Take in what the environment says, as the next user turn (the paper's sequential
-        revision), or as the first of a new conversation."""
+        """Take in what the environment says, as the next user turn or the first of a new talk."""
         self.new, image = observation["new_conversation"], observation["image"]
         if image is not None:
             image = Image.new("RGB", image.size, (127, 127, 127)) if blindfold else image
@@ -159,14 +154,12 @@ class Episode:
         else:
             self.told = user_ids(backbone, observation["text"], self.new)
             self.picture = None if self.new else self.picture
-        if self.new:
-            self.pending = list(self.told)
-            return
-        last = self.turns[-1]
-        if not last.ended:                          # cut off: close the turn for the model
-            self.told = backbone.end_ids[:1] + self.told
-        # the last token of the answer was sampled and never fed: it goes first
-        self.pending = last.answer_ids[-1:] + self.told
+        self.pending = list(self.told)
+        if not self.new:
+            if not self.turns[-1].ended:            # cut off: close the turn for the model
+                self.told = backbone.end_ids[:1] + self.told
+            # the last token of the answer was sampled and never fed: it goes first
+            self.pending = self.turns[-1].answer_ids[-1:] + self.told
 
 
 @torch.no_grad()
@@ -207,18 +200,16 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, bli
 
 
 def sample_answers(reader, playing, temperature, max_new_tokens, generator):
-    """Read what is pending of each episode, then sample an answer for each.
+    """Read what is pending of each episode, then sample an answer for each: [(ids, logprobs)].
 
-    Returns [(ids, logprobs)], the end token included if it came. The last token of an answer has
-    not been read.
+    The end token is included if it came. The last token of an answer has not been read.
     """
     device = reader.length.device
     ids = pad([episode.pending for episode in playing]).to(device)                      # (B, W)
     counts = torch.tensor([len(episode.pending) for episode in playing], device=device)
     logits = reader.read(ids, counts, [episode.picture for episode in playing])
     if logits.isnan().any():
-        raise Problem("the model's output is not a number: its weights are damaged, or a learning "
-                      "rate was too high")
+        raise Problem("the model's output is not a number: was a learning rate too high?")
     ends = torch.tensor(reader.backbone.end_ids, device=device)
     going = torch.ones(len(playing), dtype=torch.bool, device=device)   # rows still speaking
     said, scores, spoke = [], [], []                                    # a column (B,) a token
@@ -241,8 +232,7 @@ def draw(logits, temperature, generator=None):
     """Draw a token of each row: logits (B, V) -> (tokens (B,), their log-probabilities (B,)).
 
     No top-k, no top-p, no penalty: rl.py scores these tokens again, as a plain softmax at this
-    temperature, and that has to be the policy that played. At temperature 0 the likeliest token
-    is taken, with its log p at temperature 1.
+    temperature, and that has to be the policy that played. At 0 the likeliest token is taken.
     """
     logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
     if temperature > 0:
@@ -258,148 +248,109 @@ def draw(logits, temperature, generator=None):
 class SlotLayer(DynamicLayer):
     """Keys and values (B, heads, room, size) of one layer. A token's slot is its position."""
 
-    where, room = None, 0       # (B, W) slots of the tokens that are read now; slots in all
-
     def update(self, key_states, value_states, *args, **kwargs):
-        """Store (B, heads, W, size) keys and values at `where`; return all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = (new.new_zeros(*new.shape[:2], 0, new.shape[3])
-                                      for new in (key_states, value_states))
-        if self.keys.shape[2] < self.room:
-            more = (0, 0, 0, self.room - self.keys.shape[2])
-            self.keys, self.values = (torch.nn.functional.pad(kept, more)
-                                      for kept in (self.keys, self.values))
-        for kept, new in ((self.keys, key_states), (self.values, value_states)):
-            kept.scatter_(2, self.where[:, None, :, None].expand_as(new), new)
-        return self.keys, self.values
+        """Store (B, heads, W, size) keys and values; `Reader.step` set where (B, W) and room."""
+        kept = []
+        for old, new in ((self.keys, key_states), (self.values, value_states)):
+            old = new[:, :, :0] if old is None else old
+            if old.shape[2] < self.room:
+                old = torch.nn.functional.pad(old, (0, 0, 0, self.room - old.shape[2]))
+            kept.append(old.scatter_(2, self.where[:, None, :, None].expand_as(new), new))
+        self.keys, self.values = kept
+        self.is_initialized = True
+        return kept
 
     def get_seq_length(self):
         """0: the model must not count for itself; `Reader` hands positions and mask over whole."""
         return 0
 
 
-class PictureLayer(DynamicLayer):
-    """The cache of a layer that attends to a picture: new keys and values replace the old ones."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Keep (B, heads, tiles * patches, size) keys and values, and return them."""
-        self.is_initialized, self.keys, self.values = True, key_states, value_states
-        return key_states, value_states
-
-
 class Reader:
     """Reads B growing conversations with one cache.
 
     A token's slot is its position in its row's conversation, and it sees the slots up to its own.
-    Rows are padded on the right; what padding wrote lies behind `length`, where nobody looks, and
-    is overwritten:
+    What right padding wrote lies behind `length`, where nobody looks, and is overwritten:
 
         slots      0  1  2  3  4  5  6  7        length
         row 0      p  p  p  a  a  m  m  a        8          p prompt, a answer, m message
         row 1      p  p  a  a  -  -  -  -        4          - what padding wrote, or nothing
-
     """
 
     BLOCK = 64                  # slots are added in blocks: growing copies the whole cache
     recorded_on = ("cuda",)     # kinds of device where reading one token is recorded (part 4)
 
     def __init__(self, backbone, rows):
-        text, self.crossing = backbone.model.config.get_text_config(), crossing_layers(
-            backbone.model)
-        self.backbone, device = backbone, backbone.device
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)    # tokens read, (B,)
-        self.room, self.longest = 0, 0      # slots; no row is longer than `longest`
-        self.layers = [PictureLayer() if i in self.crossing else SlotLayer()
-                       for i in range(text.num_hidden_layers)]
-        # transformers 5.24 gave this argument of every model another name
-        known = inspect.signature(backbone.model.base_model.forward).parameters
+        self.backbone, model = backbone, backbone.model
+        self.layers = [DynamicLayer() if i in crossing_layers(model) else SlotLayer()
+                       for i in range(model.config.get_text_config().num_hidden_layers)]
+        known = inspect.signature(model.base_model.forward).parameters  # renamed in 5.24
         self.cache = {"cache" if "cache" in known else "past_key_values": Cache(layers=self.layers)}
-        self.banned = torch.tensor(backbone.banned, dtype=torch.long, device=device)
-        self.pictures, self.tiles = [None] * rows, None     # what rows show; see `see`
-        self.recording = None
+        self.banned = torch.tensor(backbone.banned, dtype=torch.long, device=backbone.device)
+        self.length = torch.zeros(rows, dtype=torch.long, device=backbone.device)   # tokens read
+        self.room, self.recording = 0, None                 # slots; see part 4
+        self.pictures, self.tiles = [None] * rows, None     # what rows show; see `look`
 
     def read(self, ids, counts, pictures=None):
         """Append tokens: ids (B, W) padded on the right, counts (B,) real tokens of each row.
 
-        pictures: what each row shows from now on, None for as before. Returns logits (B, V) after
-        each row's last real token (of no use where counts is 0), valid until the next read.
+        pictures: what each row shows from now on. Returns logits (B, V) after each row's last real
+        token (of no use where counts is 0), valid until the next read.
         """
-        self.make_room(ids.shape[1])
-        seen = self.see(ids, pictures) if pictures else {}
+        longest = int(self.length.max()) + ids.shape[1]
+        if longest > self.room:
+            self.room, self.recording = self.BLOCK * math.ceil(longest / self.BLOCK), None
+        seen = self.look(pictures) if pictures else {}
         if ids.shape[1] == 1 and not seen and ids.device.type in self.recorded_on:
-            try:
-                self.recording = self.recording or Recording(self, ids, counts)
-                return self.recording.play(ids, counts)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except RuntimeError as error:       # what a model does on its way may forbid it
-                Reader.recorded_on = ()
-                tqdm.write("reading one token cannot be recorded here, it goes on step by step, "
-                           f"slower ({str(error).splitlines()[0]})")
+            return read_recorded(self, ids, counts)
         return self.step(ids, counts, seen)
 
     def step(self, ids, counts, seen):
-        """The forward pass of `read`. seen: what `see` returned."""
-        where = self.length[:, None] + torch.arange(ids.shape[1], device=ids.device)    # (B, W)
-        slots = torch.arange(self.room, device=ids.device)
-        mask = (slots <= where[..., None])[:, None]                             # (B, 1, W, room)
+        """The forward pass of `read`. seen: what `look` returned."""
+        where = position = self.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        mask = torch.arange(self.room, device=ids.device) <= where[..., None]       # (B, W, room)
         for layer in self.layers:
             layer.where, layer.room = where, self.room
-        position = where
         if self.pictures[0] is not None and mrope(self.backbone.model.config):
             position = sft.shifted(self.pictures, where)
         if self.tiles is not None:          # the picture's mark stands in a row's first turn
-            seen = seen | {"cross_attention_mask": sft.cross_mask(
-                self.backbone, ids, self.tiles, passed=self.length[:, None] > 0)}
+            seen["cross_attention_mask"] = sft.cross_mask(
+                self.backbone, ids, self.tiles, passed=self.length[:, None] > 0)
         with precision(self.backbone):
             hidden = self.backbone.model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
-                **self.cache, **seen).last_hidden_state                         # (B, W, H)
-            rows = torch.arange(len(ids), device=ids.device)
-            last = hidden[rows, (counts - 1).clamp(min=0)]
-            logits = self.backbone.model.get_output_embeddings()(last).float()
+                input_ids=ids, attention_mask=mask[:, None], position_ids=position, use_cache=True,
+                **self.cache, **seen).last_hidden_state                             # (B, W, H)
+            rows, last = torch.arange(len(ids), device=ids.device), (counts - 1).clamp(min=0)
+            logits = self.backbone.model.get_output_embeddings()(hidden[rows, last]).float()
         self.length += counts
         return logits.index_fill_(1, self.banned, -torch.inf)
 
-    def see(self, ids, pictures):
-        """What the trunk needs beside ids (B, W) where rows show new pictures."""
-        new = [now is not None and now is not old for now, old in zip(pictures, self.pictures)]
-        self.pictures = pictures
-        if not any(new):
+    def look(self, pictures):
+        """What the trunk needs beside the tokens where rows show new pictures."""
+        new = [p for p, old in zip(pictures, self.pictures) if p is not None and p is not old]
+        self.pictures, crossing = pictures, crossing_layers(self.backbone.model)
+        if not new:
             return {}
+        if not crossing:            # the placeholders of the old ones are tokens in the cache
+            return sft.join_pictures(self.backbone, new)
+        for i in crossing:          # a layer keeps one tensor for all rows: all are shown again
+            self.layers[i].is_initialized = False
         with precision(self.backbone):
-            if self.crossing:       # a layer keeps one tensor for all rows: all are shown again
-                states, self.tiles = sft.cross_states(self.backbone, pictures)
-                self.recording = None
-                return {"cross_attention_states": states}
-            # the placeholders of the new ones; the others are tokens in the cache
-            return sft.join_pictures(self.backbone, [p for p, is_new in zip(pictures, new)
-                                                     if is_new])
-
-    def make_room(self, width):
-        """See to it that `width` more tokens have slots."""
-        if self.longest + width > self.room:        # the true length, after rows forgot or left
-            self.longest = int(self.length.max())
-        if self.longest + width > self.room:
-            self.room = self.BLOCK * math.ceil((self.longest + width) / self.BLOCK)
-            self.recording = None
-        self.longest += width
+            states, self.tiles = sft.cross_states(self.backbone, pictures)
+        self.recording = None
+        return {"cross_attention_states": states}
 
     def forget(self, rows):
         """Make these rows start afresh. What lies behind `length` is never seen."""
-        if rows:
-            self.length[rows] = 0
+        self.length[rows] = 0
 
     def keep(self, rows):
         """Go on with only these rows."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.length.device)
-        self.length, self.recording = self.length[index], None
+        self.length, self.recording = self.length[rows], None
         self.pictures = [self.pictures[row] for row in rows]
-        self.tiles = None if self.tiles is None else self.tiles[index]
+        self.tiles = None if self.tiles is None else self.tiles[rows]
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[index], layer.values[index]
+                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
 # -------- 4. On a GPU: the reading of one token, recorded. Never at work on a CPU
@@ -415,23 +366,16 @@ class Recording:
     """
 
     def __init__(self, reader, ids, counts):
-        self.ids, self.counts, before = ids.clone(), counts.clone(), reader.length
-        reader.length = before.clone()      # should recording fail, nothing has happened
+        self.ids, self.counts, before = ids.clone(), counts.clone(), reader.length.clone()
         aside, main = torch.cuda.Stream(), torch.cuda.current_stream()
         aside.wait_stream(main)
         with torch.cuda.stream(aside):      # once without recording, as CUDA asks for
-            expected = reader.step(self.ids, self.counts, {})
-            reader.length.copy_(before)
+            reader.step(self.ids, self.counts, {})
+            reader.length.copy_(before)     # what it wrote is written again, the same
         main.wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = reader.step(self.ids, self.counts, {})
-        self.graph.replay()
-        gap = (self.logits - expected)[expected.isfinite()].abs().mean().item()
-        reader.length.copy_(before)         # what was written so far is written again, the same
-        if not gap < 0.05:
-            reader.length = before
-            raise RuntimeError(f"played back it differs by {gap:.2g}")
 
     def play(self, ids, counts):
         """`Reader.step` by the recording."""
@@ -439,6 +383,19 @@ class Recording:
         self.counts.copy_(counts)
         self.graph.replay()
         return self.logits
+
+
+def read_recorded(reader, ids, counts):
+    """`Reader.step` for one token a row: recorded the first time, played back after that."""
+    try:
+        reader.recording = reader.recording or Recording(reader, ids, counts)
+        return reader.recording.play(ids, counts)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:       # what a model does on its way may forbid it
+        Reader.recorded_on = ()
+        tqdm.write(f"one token cannot be recorded, go on step by step: {str(error)[:60]!r}")
+    return reader.step(ids, counts, {})
 
 
 # -------- 5. Counting
@@ -472,9 +429,8 @@ def rate(outcomes):
     """A rate with an interval that knows of groups: {"rate", "count", "interval"}.
 
     outcomes: [(group, 0 or 1)]. 1,000 held-out hands are 96 multisets of numbers, and hands of one
-    multiset succeed or fail together; so do the tries of one walk. The variance of the rate is that
-    between groups, and Wilson's interval is taken at the number of independent outcomes that would
-    have this variance (never more than there are outcomes).
+    multiset succeed or fail together; so do the tries of one walk. Wilson's interval is taken at
+    the number of independent outcomes that would have the variance between groups.
     """
     groups = {}
     for group, hit in outcomes:
@@ -491,19 +447,21 @@ def rate(outcomes):
 def measure(episodes):
     """What a list of finished hands shows. Returns a dict of counts and rates in 0..1.
 
-    success: correct within the tries (the paper's measure); first_try: at once; cards_read,
-    numbers_read: share of first answers whose `cards` / `number` field is right (numbers: under the
-    STATED rule); errors: kinds of the wrong first answers; tries: mean number of answers; cut:
-    share of answers that were cut off.
+    success: correct within the tries (the paper's measure). Of first answers: first_try, right;
+    cards_read, numbers_read, that field right (numbers: under the STATED rule); errors, kinds of
+    the wrong ones. tries: mean number of answers. cut: share of answers that were cut off.
     """
     # Reading is judged on the FIRST answer: later ones have seen the verifier's message, which
     # names the numbers that are missing and so gives the rule away.
     first = [episode.turns[0].verdict for episode in episodes]
+    hands = [episode.env.hand for episode in episodes]
+    stated = [gp_env.verify_gp(episode.turns[0].text, hand.cards, hand.numbers)
+              for episode, hand in zip(episodes, hands)]    # `fake` was scored by another rule
     found = {"first_try": mean(v.correct for v in first),
              "cards_read": mean(v.cards_right for v in first),
-             "numbers_read": mean(read_as_stated(e) for e in episodes), "errors": errors(first)}
-    return found | both_games(episodes, [(tuple(sorted(e.env.hand.numbers)), e.terminated)
-                                         for e in episodes])
+             "numbers_read": mean(v.numbers_right for v in stated), "errors": errors(first)}
+    return found | both_games(episodes, [(tuple(sorted(hand.numbers)), episode.terminated)
+                                         for episode, hand in zip(episodes, hands)])
 
 
 def both_games(episodes, outcomes):
@@ -531,24 +489,15 @@ def cut(episodes):
     return mean(not turn.ended for episode in episodes for turn in episode.turns)
 
 
-def read_as_stated(episode):
-    """Did the first answer's `number` field follow the rule in the prompt?"""
-    if episode.env.scoring_rule is None:
-        return episode.turns[0].verdict.numbers_right
-    hand = episode.env.hand     # the fake probe scores by another rule: ask about the stated one
-    return gp_env.verify_gp(episode.turns[0].text, hand.cards, hand.numbers).numbers_right
-
-
 def positions(episode):
-    """The tries of an episode, position by position, as lists of Turn.
+    """The tries of an episode, position by position, as lists of Turn. A hand is one position.
 
-    A hand is one position. On a walk a new one begins where a right answer, or the last try, has
-    moved the walker on.
+    On a walk a right answer, or the last try, moves the walker on to the next.
     """
-    found, per_position = [[]], getattr(episode.env, "go_on", None) is not None
+    found = [[]]
     for turn in episode.turns:
         found[-1].append(turn)
-        if per_position and (turn.verdict.correct or len(found[-1]) == episode.env.tries):
+        if turn.verdict.correct or len(found[-1]) == episode.env.tries:
             found.append([])
     return [tries for tries in found if tries]
 
@@ -570,11 +519,11 @@ def measure_walks(episodes):
         right tries    0 of 2       1 of 1    1 of 2       1 of 1      0 of 2     3 of 6
 
     kinds, kinds_on: the same for each kind of action; turns: both kinds of turn together, the rail
-    going on: only there the rules differ. Of the first answers: landmarks_present, landmarks_empty
-    (right where there is a landmark, where there is none), crossings_read, whole_right (all of that
-    and the action).
+    going on: only there the rules differ. Of first answers: landmarks_present, landmarks_empty
+    (right where there is one, where there is none), crossings_read, whole_right (and the action).
     """
-    paper, on, first = [], [], []       # (walk, kind of action, verdict) of tries; first tries
+    paper, on = [], []                      # (walk, kind of action, verdict) of tries
+    first, present, empty = [], [], []      # verdicts of first tries; whether landmarks were right
     for walk, episode in enumerate(episodes):
         missed = False
         for place, tries in zip(episode.env.rail, positions(episode)):
@@ -584,26 +533,25 @@ def measure_walks(episodes):
             paper += [] if missed else judged
             missed |= not tries[-1].verdict.correct
             # Reading is judged before the verifier has said what was misread.
-            first.append((not place.observation.startswith(virl_env.NOTHING), tries[0].verdict))
+            first.append(tries[0].verdict)
+            nothing = place.observation.startswith(virl_env.NOTHING)
+            (empty if nothing else present).append(tries[0].verdict.landmarks_right)
     kinds, kinds_on = ({kind: rate((walk, v.correct) for walk, k, v in judged
                                    if kind in (k, "every action"))
                         for kind in ("every action", *virl_env.KINDS)} for judged in (paper, on))
+    every, every_on = kinds["every action"], kinds_on["every action"]
     turns = rate((walk, v.correct) for walk, k, v in on if k.endswith("turn"))
-    present = [v.landmarks_right for there, v in first if there]
-    empty = [v.landmarks_right for there, v in first if not there]
-    verdicts = [v for _, v in first]
     found = {
-        "per_step": kinds["every action"]["rate"], "steps": kinds["every action"]["count"],
-        "per_step_on": kinds_on["every action"]["rate"],
-        "steps_on": kinds_on["every action"]["count"], "kinds": kinds, "kinds_on": kinds_on,
-        "turns": turns["rate"], "turn_tries": turns["count"], "positions": len(first),
-        "first_try": mean(v.correct for v in verdicts),
+        "per_step": every["rate"], "steps": every["count"], "kinds": kinds,
+        "per_step_on": every_on["rate"], "steps_on": every_on["count"], "kinds_on": kinds_on,
+        "turns": turns["rate"], "turn_tries": turns["count"],
+        "positions": len(first), "first_try": mean(v.correct for v in first),
         "landmarks_present": mean(present), "positions_present": len(present),
         "landmarks_empty": mean(empty), "positions_empty": len(empty),
-        "crossings_read": mean(v.intersection_right for v in verdicts),
+        "crossings_read": mean(v.intersection_right for v in first),
         "whole_right": mean(v.correct and v.landmarks_right and v.intersection_right
-                            for v in verdicts),
-        "errors": errors(verdicts)}
+                            for v in first),
+        "errors": errors(first)}
     return found | both_games(episodes, [(walk, solved(e)) for walk, e in enumerate(episodes)])
 
 
@@ -620,24 +568,22 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
              batch=256, blindfold=False, fresh=True, **how):
     """Play `count` hands or walks of each cell and split, and print a line for each.
 
+    batch: episodes played together. It changes the draws: compare models at the same one. fresh:
+    play everything a second time with tries that know nothing of each other, and add "fresh",
+    "fresh_interval" and "message" = success - fresh. how: see `cell_environments`.
     Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes, ...}).
-
-    batch: episodes played together. It changes the draws, not what is measured: compare models at
-    the same one. fresh: play everything a second time with tries that know nothing of each other,
-    and add "fresh", "fresh_interval" and "message" = success - fresh. how: tries, shown and where
-    of `cell_environments`.
     """
-    walks, results, kept = task.startswith("virl"), {}, {}
+    judge = measure_walks if task.startswith("virl") else measure
+    settings = temperature, max_new_tokens, batch, blindfold
+    results, kept = {}, {}
     for cell, split in cell_splits(cells, splits, task):
         name = f"{SPLIT_NAMES[split]}/{cell}"
-        episodes = kept[name] = play_cell(backbone, cell_environments(
-            cell, split, count, task, **how), temperature, max_new_tokens, batch, blindfold)
-        found = results[name] = measure_walks(episodes) if walks else measure(episodes)
+        games = cell_environments(cell, split, count, task, **how)
+        kept[name] = play_cell(backbone, games, *settings)
+        found = results[name] = judge(kept[name])
         if fresh:
-            again = play_cell(backbone, cell_environments(
-                cell, split, count, task, fresh=True, **how), temperature, max_new_tokens, batch,
-                blindfold)
-            alone = measure_walks(again) if walks else measure(again)
+            games = cell_environments(cell, split, count, task, fresh=True, **how)
+            alone = judge(play_cell(backbone, games, *settings))
             found |= {"fresh": alone["success"], "fresh_interval": alone["interval"],
                       "message": found["success"] - alone["success"],
                       # the first answers of both plays are alike
@@ -647,53 +593,48 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
 
 
 def play_cell(backbone, games, temperature, max_new_tokens, batch, blindfold):
-    """Play the (environments, seeds) of a cell, `batch` at a time. Returns the episodes.
-
-    Hands are a function of the cell, and where the draws begin, too: two checkpoints meet the same
-    hands, and their difference is not the luck of the deal.
-    """
+    """Play the (environments, seeds) of a cell; the draws of every checkpoint begin alike."""
     episodes, (envs, seeds) = [], games
     for start in range(0, len(envs), batch):
         generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
         episodes += play(backbone, envs[start:start + batch], seeds[start:start + batch],
                          temperature, max_new_tokens, generator, blindfold)
-        for turn in (turn for episode in episodes[start:] for turn in episode.turns):
-            turn.picture = None         # only an update looks again: gigabytes on a large model
+        for episode in episodes[start:]:
+            for turn in episode.turns:
+                turn.picture = None     # only an update looks again: gigabytes on a large model
     return episodes
 
 
 def evaluate_run(args, cells):
     """Play every checkpoint of an SFT run; writes eval.jsonl there, goes on where it stopped.
 
-    A step that was measured already is played again only for cells that its row lacks. Raises
-    Problem if those were measured in another way.
+    Only cells that a row lacks are played. Raises Problem if it was measured in another way.
     """
     folder = pathlib.Path(args.run)
     found = {step: path for step, path in sft.checkpoints(folder)
              if not args.steps or step in args.steps}
-    if not found or set(args.steps or ()) - set(found):
-        raise Problem(f"--run {folder}: no such checkpoint there")
-    path, how = folder / "eval.jsonl", {key: getattr(args, key) for key in (
-        "hands", "tries", "temperature", "batch", "dtype")}
+    missing = sorted(set(args.steps or ()) - set(found))
+    if missing or not found:
+        raise Problem(f"--run {folder}: no checkpoint {missing or 'at all'} there")
+    how = {key: getattr(args, key) for key in ("hands", "tries", "temperature", "batch", "dtype")}
+    path = folder / "eval.jsonl"
     rows = {row["step"]: row for row in sft.read_lines(path)}
     trained = {row["step"]: row for row in sft.read_lines(folder / "metrics.jsonl")}
     for step, checkpoint in found.items():
-        charged = trained.get(step, {}).get("flops", 0)
-        row = rows.setdefault(step, {
-            "step": step, "hands": args.hands, "how": how, "flops": charged, "cells": {},
-            "flops_spent": trained.get(step, {}).get("flops_spent", charged)})
-        lacking = [cell for cell, split in cell_splits(cells, args.splits, args.task)
-                   if f"{SPLIT_NAMES[split]}/{cell}" not in row["cells"]]
-        if lacking and row.get("how", how) != how:
-            raise Problem(f"--run {folder}: step {step} was measured with {row['how']}: give the "
-                          f"same flags, or move {path} away")
-        if lacking:
-            print(f"step {step}", flush=True)
-            lacking = list(dict.fromkeys(lacking))
-            row["cells"] |= measure_model(args, sft.open_backbone(args, checkpoint), lacking)[0]
-            aside = path.with_suffix(".tmp")
-            aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
-            aside.rename(path)
+        flops = trained.get(step, {}).get("flops", 0)       # of SFT: all that is charged is spent
+        row = rows.setdefault(step, {"step": step, "hands": args.hands, "how": how, "flops": flops,
+                                     "flops_spent": flops, "cells": {}})
+        lacking = dict.fromkeys(cell for cell, split in cell_splits(cells, args.splits, args.task)
+                                if f"{SPLIT_NAMES[split]}/{cell}" not in row["cells"])
+        if not lacking:
+            continue
+        if row.get("how", how) != how:
+            raise Problem(f"{path}: measured with {row['how']}: give the same flags, or move it")
+        print(f"step {step}", flush=True)
+        row["cells"] |= measure_model(args, sft.open_backbone(args, checkpoint), lacking)[0]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
+        aside.rename(path)
 
 
 def measure_model(args, backbone, cells):
@@ -709,9 +650,9 @@ def measure_model(args, backbone, cells):
 
 def show(name, m):
     """One aligned line of a cell."""
-    line = f"  {name:20s}first answer {m['first_try']:6.1%}"
-    line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
     low, high = m["interval"]
+    line = f"  {name:29s} first answer {m['first_try']:6.1%}"
+    line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
     line += f"  conversation {m['success']:6.1%} [{low:.0%}, {high:.0%}]"
     if "per_step" in m:             # walks
         line += f"  per step {m['per_step']:6.1%}, on {m['per_step_on']:6.1%}"
@@ -726,36 +667,28 @@ def show_more(results):
     for name, m in results.items():
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in m["errors"].items())
         print(f"\n# {name}: first answers that were wrong: {kinds or 'none'}")
-        for kind in m.get("kinds", ()):
-            line = f"    {kind:16s}"
-            for title, r in (("to the first miss", m["kinds"][kind]),
-                             ("rail goes on", m["kinds_on"][kind])):
-                low, high = r["interval"]
-                line += f"{title} {r['rate']:6.1%} [{low:4.0%}, {high:4.0%}] of {r['count']:<7d}"
-            print(line)
         if "kinds" in m:
-            print(f"    first answers: landmarks read right {m['landmarks_present']:.1%} where "
-                  f"there is one, {m['landmarks_empty']:.1%} where there is none; intersection "
-                  f"{m['crossings_read']:.1%}; all right, and the action {m['whole_right']:.1%}")
+            print("    right tries where the rail goes on:", ", ".join(
+                f"{kind} {r['rate']:.1%} of {r['count']}" for kind, r in m["kinds_on"].items()))
+            print(f"    first answers right: landmarks {m['landmarks_present']:.1%} where there is "
+                  f"one, {m['landmarks_empty']:.1%} where there is none; intersection "
+                  f"{m['crossings_read']:.1%}; all that, and the action {m['whole_right']:.1%}")
 
 
-def show_transcripts(episodes, count, positions_shown=3):
-    """Print conversations, half of them solved and half not, as far as there are any."""
+def show_transcripts(episodes, count):
+    """Print conversations, half of them solved; of a walk the first three positions."""
     good = [e for e in episodes if solved(e)][:count - count // 2]
     failed = [e for e in episodes if not solved(e)][:count - len(good)]
     for episode in good + failed:
         print("\n" + "=" * 30, "solved" if solved(episode) else "not solved", "=" * 30)
         prompt, talks = episode.prompt, positions(episode)
-        for at, tries in enumerate(talks[:positions_shown]):
+        for at, tries in enumerate(talks[:3], 1):
             print(prompt)
             for turn in tries:
                 # at a new position the environment's words are the next prompt, not a message
-                prompt, moved = turn.message, turn is tries[-1] and at + 1 < len(talks)
-                print(f"  model     {turn.text}")
-                print(f"  verifier  [{turn.reward:+.1f}] "
-                      f"{turn.verdict.message if moved else turn.message}")
-        if len(talks) > positions_shown:
-            print(f"... and {len(talks) - positions_shown} more positions")
+                prompt, moved = turn.message, turn is tries[-1] and at < len(talks)
+                said = turn.verdict.message if moved else turn.message
+                print(f"  model     {turn.text}\n  verifier  [{turn.reward:+.1f}] {said}")
 
 
 # -------- 8. Command line
@@ -769,22 +702,19 @@ def flags(argv=None):
     add("--run", help="a run folder of sft.py: play all its checkpoints")
     add("--steps", type=int, nargs="+", help="with --run: only these checkpoints")
     add("--cells", nargs="+", metavar="CELL", help="measure just these (a wrong one lists all)")
-    add("--splits", nargs="+", choices=SPLIT_NAMES, default=["train", "test"],
-        help="hands or routes: train (seen), test (held out), val, all")
+    add("--splits", nargs="+", choices=SPLIT_NAMES, default=["train", "test"], help="of the hands")
     add("--hands", type=int, default=1000, help="episodes a cell (1000; V-IRL 180; paper 234, 48)")
     add("--tries", type=int, help="answers a hand or a position (paper: 5; V-IRL: 2)")
     add("--temperature", type=float, default=0.6, help="of sampling (default 0.6, as Llama ships)")
     add("--batch", type=int, default=256, help="episodes at once (default 256; V-IRL: 64)")
     add("--blindfold", action="store_true", help="-vl: grey in place of every picture")
     add("--show", type=int, default=0, metavar="N", help="print N transcripts a cell")
-    # 180 walks are about 3,000 tries, so that per-step accuracy is known to +-2 points. A prompt on
-    # a walk is five times as long as a hand's: fewer in a batch.
+    # 180 walks are about 3,000 tries: per-step accuracy is known to +-2 points
     walks = {"hands": 180, "batch": 64}
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), walks), {}, argv)
     for cell in args.cells or ():
         if cell not in TASK_CELLS[args.task]:
-            raise Problem(f"--cells {cell}: not a cell of {args.task}; it has "
-                          f"{', '.join(TASK_CELLS[args.task])}")
+            raise Problem(f"--cells {cell}: {args.task} has {', '.join(TASK_CELLS[args.task])}")
     if args.steps and not args.run:
         raise Problem("--steps says which checkpoints of a --run to play; give one")
     if args.blindfold and not pictured(args.task):
@@ -799,17 +729,13 @@ def main():
     cells = args.cells or (list(every) if args.ood else ["id"])
     if args.run:
         return evaluate_run(args, cells)
-    out = open(args.out, "a") if args.out else None     # a path that fails, fails now
-    began = time.time()
-    print(f"{args.model} on {args.task}: {args.hands} episodes a cell, temperature "
-          f"{args.temperature:g}" + ", blindfolded" * args.blindfold, flush=True)
+    if args.out:
+        open(args.out, "a").close()         # a path that fails, fails now
+    print(f"{args.model} on {args.task}: {args.hands} episodes a cell", flush=True)
     results, episodes = measure_model(args, sft.open_backbone(args), cells)
-    if out:                                 # before anything long is printed
-        out.truncate(0)
-        out.write(json.dumps(results, indent=1) + "\n")
-        out.close()
+    if args.out:                            # before anything long is printed
+        pathlib.Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
     show_more(results)
-    print(f"{time.time() - began:.0f} s")
     for name in episodes if args.show else ():
         print("\n#", name)
         show_transcripts(episodes[name], args.show)

@@ -8,8 +8,7 @@ ACTION, for the ratio, is one token of the answer (the default) or the whole ans
   1. collect: play B episodes with the current policy (evaluate.play)
   2. score: one forward pass over each conversation gives log p of every sampled token and, at the
      last prompt token before each answer, the value V of that state
-  3. advantages: GAE over the tries of an episode, also where it lies in several conversations (a
-     walk: one for each position); nothing leaks past its end
+  3. advantages: GAE over the tries of an episode, through all its conversations, not past its end
   4. update: several epochs of minibatches on the clipped policy loss + clipped value loss
   5. the loop: 1 to 4 again and again; log, save, now and then evaluate under the other rule
   6. checks of a fresh batch, and a look at one conversation, token by token
@@ -48,7 +47,6 @@ from evaluate import CURVE_CELLS, cut, evaluate, new_game, play
 from sft import (Problem, batch, by_length, checkpoints, load_state, pictured, save_checkpoint,
                  task_parameters, token_logprobs, trunk)
 
-# Constants of PPO that no experiment here turns.
 VALUE_COEF = 0.5            # weight of the value loss (paper: the same)
 MAX_GRAD_NORM = 1.0         # of the policy and of the critic, each
 
@@ -64,13 +62,13 @@ def seeded(*numbers):
 def collect(backbone, args, update):
     """Play args.episodes training episodes with the current policy. Returns a list of Episode.
 
-    Hands and samples are a function of (seed, update), so a resumed run plays the same games.
+    Hands and samples are a function of (seed, update): a resumed run plays the same games.
     """
     envs = [new_game(args.task, split=args.split, tries=args.tries, **sft.game_options(args))
             for _ in range(args.episodes)]
     seeds = [[1, args.seed, update, i] for i in range(args.episodes)]
-    generator = torch.Generator(backbone.device)
-    generator.manual_seed(seeded(args.seed, update, 1).initial_seed())
+    draws = seeded(args.seed, update, 1).initial_seed()
+    generator = torch.Generator(backbone.device).manual_seed(draws)
     # all at once, unless their keys and values would fill the memory
     size, episodes = args.sample_batch or args.episodes, []
     for start in range(0, args.episodes, size):
@@ -95,8 +93,6 @@ def conversations(episodes):
         tries                   wrong right   right    wrong wrong
         rows                    (e,0) (e,1)   (e,2)    (e,3) (e,4)
 
-    Of one conversation:
-
         position   0  1  2   3  4  5   6  7   8  9
         token      p  p  p   a  a  .   m  m   a  .       p prompt, a answer, . end, m message
         mask       0  0  0   1  1  1   0  0   1  1       value_at [2, 7], tries [(e, 0), (e, 1)]
@@ -120,20 +116,16 @@ def conversations(episodes):
 
 
 def build_value_head(hidden, seed):
-    """The critic: a small MLP on the policy's own hidden state, (.., H) -> (..,). V is 0 at first.
-
-    One forward pass serves policy and critic.
-    """
+    """The critic: an MLP on the policy's own hidden state, (.., H) -> (..,); V is 0 at first."""
     wide, narrow = max(128, hidden // 4), max(64, hidden // 8)
     head = torch.nn.Sequential(torch.nn.Linear(hidden, wide), torch.nn.ReLU(),
                                torch.nn.Linear(wide, narrow), torch.nn.ReLU(),
                                torch.nn.Linear(narrow, 1), torch.nn.Flatten(-2))
     generator = seeded(seed, 2)
     with torch.no_grad():
-        for layer in head[:-1]:
-            if isinstance(layer, torch.nn.Linear):
-                layer.weight.normal_(0, layer.in_features ** -0.5, generator=generator)
-                layer.bias.zero_()
+        for layer in (head[0], head[2], head[4]):
+            layer.weight.normal_(0, layer.in_features ** -0.5, generator=generator)
+            layer.bias.zero_()
         head[4].weight.zero_()
     return head
 
@@ -162,9 +154,8 @@ def score_all(backbone, head, rows, temperature, micro_batch):
     """`score` without gradients, any number of rows. Adds the OLD "logprobs" and "values" to each.
 
     The sampler knew the log-probabilities already. But V needs this pass anyway, and it computes
-    the old ones just as the update will compute the new ones, so that all ratios begin at 1 but for
-    rounding. The sampler's serve in `self_check`. softmax(logits / temperature) is the policy that
-    played.
+    the old ones just as the update will compute the new ones: all ratios begin at 1 but for
+    rounding. The sampler's serve in `self_check`.
     """
     for part in by_length(rows, micro_batch):
         logprobs, _, values = score(backbone, head, part, temperature)
@@ -186,9 +177,8 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
 
     What stands for V_{k+1} at the end is where implementations go wrong:
       terminated  the game is over, no reward can follow: 0
-      truncated   it was cut; the value of what would have come next is `after`. Running out of
-                  tries is a rule of this game that the agent cannot play past, so `after` is always
-                  0 in this file. PPO that cuts episodes where a buffer is full puts V(next state)
+      truncated   it was cut; `after` is the value of what would have come next. Out of tries, a
+                  rule that the agent cannot play past: 0. A full buffer: V(next state)
       Never the value of another episode.
 
     rewards, values: (K,) float. Returns (advantages, returns), both (K,). Worked example (gamma
@@ -215,9 +205,8 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
 def normalised(advantages):
     """Advantages (n,) of a whole batch -> the same with mean 0 and standard deviation 1.
 
-    One mean and one spread for the whole batch, not for each minibatch (PPO's usual way, Huang et
-    al. 2022, detail 7): otherwise the sign of an advantage would depend on which other episodes it
-    happened to be shuffled with.
+    Not of each minibatch (PPO's usual way, Huang et al. 2022, detail 7): the sign of an advantage
+    would depend on which other episodes it happened to be shuffled with.
     """
     return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
 
@@ -225,19 +214,16 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns are left alone, they are what the critic has to predict. Returns False, and advantages
-    of 0, where every episode was paid alike: nothing tells a good answer from a bad one then, and
-    dividing the critic's rounding by its own spread would make noise look like a lesson.
+    Returns False, and advantages of 0, where every episode was paid alike: nothing tells a good
+    answer from a bad one, and normalising would make the critic's rounding look like a lesson.
     """
-    # An episode may lie in several rows (V-IRL forgets after each right action); time runs on
-    # through all of them, so tries are put back in order by (episode, number of the try). What
-    # follows the last try at a position is V of the next position, read in ANOTHER row: forgetting
-    # the words ends a conversation, not the episode.
+    # An episode may lie in several rows. What follows the last try at a position is V of the next
+    # position, read in ANOTHER row: forgetting the words ends a conversation, not the episode.
     value_of = {t: v for r in rows for t, v in zip(r["tries"], r["values"].tolist())}
     order, advantages, returns = {}, [], []
     for e, episode in enumerate(episodes):
-        rewards = torch.tensor([turn.reward for turn in episode.turns])
-        values = torch.tensor([value_of[e, k] for k in range(len(rewards))])
+        rewards = [turn.reward for turn in episode.turns]
+        values = [value_of[e, k] for k in range(len(rewards))]
         a, r = gae(rewards, values, episode.terminated, episode.truncated, gamma, lam)
         order |= {(e, k): len(order) + k for k in range(len(rewards))}
         advantages.append(a)
@@ -293,11 +279,10 @@ def per_answer(token_values, counts):
 
 
 def kl_price(logprobs, start_logprobs):
-    """A price for moving away from the start, summed over tokens (N,).
+    """A price for moving away from the start, summed over sampled tokens (N,).
 
-    With gap = log p_start - log p, the mean of exp(gap) - 1 - gap over sampled tokens estimates
-    KL(policy || start) and is never negative (k3 in Schulman's note). Its gradient, though, is that
-    of KL(start || policy).
+    The mean of exp(gap) - 1 - gap estimates KL(policy || start) and is never negative (k3 in
+    Schulman's note). Its gradient, though, is that of KL(start || policy).
     """
     gap = start_logprobs - logprobs
     return (gap.exp() - 1 - gap).sum()
@@ -350,25 +335,21 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
 def rate_scale(update, updates, steps_done, warmup):
     """What the learning rates are multiplied with at one optimiser step, in 0..1.
 
-    Warm-up: Adam's first steps are about lr long, however small the gradient. Without it the very
-    first update moved the policy further (approx_kl 0.13) than any of the next ten. Then a cosine
-    over the updates, as in the paper. steps_done: optimiser steps before this one, of all updates.
+    Warm-up: Adam's first steps are about lr long, however small the gradient; without it the first
+    update moved the policy further (approx_kl 0.13) than any of the next ten. Times a cosine over
+    the updates, as in the paper. steps_done: optimiser steps before this one, of all updates.
     """
     cosine = 0.5 * (1 + math.cos(math.pi * update / updates))
     return cosine * min(1.0, (steps_done + 1) / max(1, warmup))
 
 
 def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True):
-    """args.epochs passes over the batch in shuffled minibatches. Returns mean statistics.
-
-    learn_policy False: only the critic takes steps (see `add_advantages`).
-    """
+    """args.epochs passes over the batch -> mean statistics. Without learn_policy V alone moves."""
     sft.learning_mode(backbone, True)
-    # Optimiser steps of all earlier updates. Exact for hands; the rows of walks vary in number, so
-    # there it is an estimate.
+    # Optimiser steps of all earlier updates; an estimate on walks, whose rows vary in number.
     done = update * args.epochs * math.ceil(len(rows) / args.minibatch)
-    log, fed, skipped = [], 0, 0
-    shuffler, parts = seeded(args.seed, update, 3), []
+    log, fed, skipped, parts = [], 0, 0, []
+    shuffler = seeded(args.seed, update, 3)
     for _ in range(args.epochs):
         # Whole conversations are shuffled, not tries: the tries of one share a forward pass. From
         # the second minibatch on the policy is no longer the one that played, which is what the
@@ -377,8 +358,7 @@ def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True)
         parts += [shuffled[start:start + args.minibatch]
                   for start in range(0, len(rows), args.minibatch)]
     for part in parts:
-        tokens = sum(sum(r["mask"]) for r in part)
-        tries = sum(len(r["tries"]) for r in part)
+        tokens, tries = sum(sum(r["mask"]) for r in part), sum(len(r["tries"]) for r in part)
         total = {}
         for micro in by_length(part, args.micro_batch):
             loss, numbers = minibatch_loss(backbone, head, micro, args, tokens, tries)
@@ -428,17 +408,15 @@ def run(args):
         row = {"step": update + 1} | summary(rows, episodes) | numbers | policy.compute()
         row |= {"seconds_collect": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
         policy.metrics.write(row)
-        tqdm.write(one_line(row) if can_learn else f"update {update + 1:3d}  every episode was "
-                   f"paid {row['reward']:.2f}, nothing to learn from: the policy took no step")
+        tqdm.write(one_line(row, can_learn))
         last = update + 1 == args.updates
         if last or (update + 1) % args.eval_every == 0:
             policy.measure(update + 1, args.eval_hands if last else max(1, args.eval_hands // 4))
         # The checkpoint comes last: killed at any moment before, the run goes on from the one of
         # the update before, drops what was written since, and writes the same again.
         policy.save(update + 1)
-    last = shlex.quote(f"{policy.folder}/step-{args.updates:06d}")
-    print(f"done in {(time.time() - began) / 60:.1f} minutes. Next:\n"
-          f"    python evaluate.py --ood --show 2 --model {last}")
+    print(f"done in {(time.time() - began) / 60:.1f} minutes. Next:\n    python evaluate.py --ood "
+          f"--show 2 --model {shlex.quote(f'{policy.folder}/step-{args.updates:06d}')}")
 
 
 class Policy:
@@ -471,9 +449,8 @@ class Policy:
             self.first, path = saved[-1]
             state = load_state(path, model=self.backbone, optimizer=self.optimizer, head=self.head)
             self.counts = state["counts"]
-        resume_at = self.first if saved else None
-        self.metrics = sft.Metrics(self.folder, resume_at)
-        self.measured = sft.Metrics(self.folder, resume_at, "eval.jsonl")
+        self.metrics = sft.Metrics(self.folder, self.first if saved else None)
+        self.measured = sft.Metrics(self.folder, self.first if saved else None, "eval.jsonl")
 
     def score_start(self, rows):
         """With --kl-coef: add the start's log-probabilities of the sampled tokens to each row."""
@@ -511,11 +488,9 @@ class Policy:
 def compute(task, size, counts, passes=2):
     """FLOPs so far: by the paper's formula (README eq. 6) and really spent (eq. 7).
 
-    size: parameters N. counts: tokens that went through SFT before this run ("init"), through PPO's
-    forward and backward passes ("trained"), and that the sampler read ("sampled"). The paper
-    charges 2 N * 6 * D_RL for sampling (V-IRL: 5.1), as if every new token read the whole
-    conversation again; with a cache the sampler reads each token once, and the scoring pass once
-    more (passes = 2; the reference of --kl-coef makes it 3).
+    size: parameters N. counts: of tokens, as in `Policy`. The paper charges 2 N * 6 * D_RL for
+    sampling (V-IRL: 5.1), as if every new token read the whole conversation again; with a cache the
+    sampler reads each token once, the scoring pass once more (passes = 2; with --kl-coef 3).
     """
     again = 5.1 if task.startswith("virl") else 6
     training = 6 * size * (counts["init"] + counts["trained"])
@@ -524,12 +499,9 @@ def compute(task, size, counts, passes=2):
 
 
 def explained_variance(values, returns):
-    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant, below 0 if harmful.
-
-    None where all returns are alike: there is no variance to explain.
-    """
-    left, all_of_it = ((x - x.mean()).square().mean() for x in (returns - values, returns))
-    return float(1 - left / all_of_it) if all_of_it > 1e-8 else None
+    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for a constant. None where Var(R) = 0."""
+    left, total = ((x - x.mean()).square().mean() for x in (returns - values, returns))
+    return float(1 - left / total) if total > 1e-8 else None
 
 
 def summary(rows, episodes):
@@ -544,41 +516,36 @@ def summary(rows, episodes):
             "explained_variance": explained_variance(values, returns)}
 
 
-def one_line(row):
+def one_line(row, can_learn):
     """An aligned line of the metrics of an update."""
-    explained = row["explained_variance"]
-    return (f"update {row['step']:3d}  success {row['success']:6.1%}  per step "
-            f"{row['per_step']:6.1%}  reward {row['reward']:6.2f}  kl {row['approx_kl']:.4f}  clip "
-            f"{row['clipfrac']:5.1%}  ev {math.nan if explained is None else explained:5.2f}  "
-            f"entropy {row['entropy']:.3f}  {row['seconds_collect']:.0f}+"
-            f"{row['seconds_update']:.0f} s"
-            + (f"  CUT OFF {row['cut']:.1%} of answers" if row["cut"] > 0.02 else ""))
+    line = (f"update {row['step']:3d}  success {row['success']:6.1%}  per step "
+            f"{row['per_step']:6.1%}  reward {row['reward']:6.2f}")
+    if not can_learn:
+        return line + "  every episode was paid alike, nothing to learn from: no step"
+    explained = math.nan if row["explained_variance"] is None else row["explained_variance"]
+    line += (f"  kl {row['approx_kl']:.4f}  clip {row['clipfrac']:5.1%}  ev {explained:5.2f}  "
+             f"{row['seconds_collect']:.0f}+{row['seconds_update']:.0f} s")
+    return line + (f"  CUT OFF {row['cut']:.1%} of answers" if row["cut"] > 0.02 else "")
 
 
 # -------- 6. Checks, and a look at one conversation
 
 
 def complaints(rows, episodes, backbone, split, temperature=0.6):
-    """Invariants of a fresh batch, before anything was learnt from it. Returns a list of sentences.
-
-    They cost nothing and catch the classic silent bugs of this kind of code.
-    """
+    """What is wrong with a fresh batch, before anything was learnt from it: a list of sentences."""
     sampled, scored = both_logprobs(rows, episodes)
     if len(sampled) != len(scored):
-        return [f"{len(sampled)} tokens were sampled, {len(scored)} are masked: the loss mask is "
-                "off"]
+        return [f"{len(sampled)} tokens were sampled, {len(scored)} masked: the loss mask is off"]
     found, gaps = [], (sampled - scored).abs()
-    # float32 on a CPU: the largest gap. Elsewhere bf16 rounds differently in batches of other
-    # shapes, and a low temperature magnifies that: a few tokens may differ much, all of them on
-    # average only if something is wrong.
-    exact = backbone.device.type == "cpu" and backbone.model.dtype == torch.float32
-    gap, limit = (gaps.max(), 1e-4 / min(1, temperature)) if exact else (
-        gaps.mean(), 0.05 / temperature)
+    # bf16 rounds differently in batches of other shapes, and a low temperature magnifies that: a
+    # few tokens may differ much, all of them on average only if something is wrong.
+    gap, limit = gaps.mean(), 0.05 / temperature
+    if backbone.device.type == "cpu" and backbone.model.dtype == torch.float32:
+        gap, limit = gaps.max(), 1e-4 / min(1, temperature)
     if not gap < limit:
         found.append(f"sampler and update disagree on log p by {gap:.2g}: wrong temperature, "
                      "positions, padding side or shift")
-    # Asked of what was dealt, not of the split that the game was told to deal from: a leak in the
-    # dealing is just what this must find. --split all holds nothing out.
+    # Asked of what was dealt: a leak in the dealing is just what this must find.
     if split == "train" and not all(in_training(e.env) for e in episodes):
         found.append("a held-out hand or route is among those of training")
     return found
@@ -597,8 +564,7 @@ def self_check(rows, episodes, backbone, split, temperature=0.6):
         raise Problem(f"self-check: {found[0]}")
     sampled, scored = both_logprobs(rows, episodes)
     return (f"self-check: log p of sampler and update within {(sampled - scored).abs().max():.1e}, "
-            f"{len(scored)} tokens sampled and masked, {1 - cut(episodes):.1%} of answers ended"
-            + ", no held-out hand or route" * (split == "train"))
+            f"{len(scored)} tokens" + ", no held-out hand or route" * (split == "train"))
 
 
 def in_training(env):
@@ -621,8 +587,7 @@ def inspect(args):
     print("pos  token                     mask   log p   value  reward  advantage  return")
     answer = iter(row["logprobs"].tolist())
     for i, (token, m) in enumerate(zip(row["ids"], row["mask"])):
-        text = repr(backbone.tokenizer.decode([token]))
-        line = f"{i:3d}  {text if len(text) < 25 else text[:21] + '...':25s} {m:3d}"
+        line = f"{i:3d}  {repr(backbone.tokenizer.decode([token]))[:25]:25s} {m:3d}"
         line += f"  {next(answer):7.3f}" if m else ""
         if i in row["value_at"]:
             k = row["value_at"].index(i)        # number of the try in this row
@@ -638,38 +603,27 @@ def inspect(args):
 def make_start(args):
     """The SFT start: made once by stage 1, kept in runs/, found again. Returns its path.
 
-    It is a function of these flags, of the model's weights, and of the code that makes it: all of
-    them are in the folder's name.
+    The folder's name holds a digest of all that decides it: flags, the model's weights, the code.
     """
-    words = []
-    for name in ("task", "seed", "model", "split", "routes", "other_routes", "picture_size",
-                 "dtype", "freeze", "preset", "threads"):
-        if getattr(args, name):
-            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    words += ["--ood"] * args.ood + ["--no-announce"] * (not args.announce) + [
-        "--grad-checkpoint"] * args.grad_checkpoint
-    wanted = sft.flags(words)
-    step = sft.start_step(wanted)
-    folder = pathlib.Path("runs") / (f"start-{args.task}-s{args.seed}-"
-                                     + sft.content_digest(wanted))
+    wanted = sft.flags(["--task", args.task] + ["--preset", args.preset] * bool(args.preset))
+    for name in ("seed", "model", "split", "routes", "other_routes", "picture_size", "announce",
+                 "dtype", "freeze", "ood", "grad_checkpoint"):
+        setattr(wanted, name, getattr(args, name))
+    step, digest = sft.start_step(wanted), sft.content_digest(wanted)
+    folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}-{digest}"
     path = folder / f"step-{step:06d}"
+    print(f"SFT start, {step} steps, made once: {path}", flush=True)
     if not (path / "state.pt").exists():
-        print(f"SFT start: none given, so {step} steps of SFT first, into {path}", flush=True)
         sft.run_sft(wanted, folder, step, sft.open_backbone(wanted))
-    else:
-        print(f"SFT start: {path} (made by an earlier run)", flush=True)
     return path
 
 
-# Defaults of walks, where they differ from those of hands. A walk has about 13 tries, as many as
-# four hands, so 64 walks are as much experience as 256 hands. Those 13 tries fill 11 conversations,
-# the tries of four hands fill 4: a minibatch of as many tries has 96 conversations instead of 32.
-# At twice this learning rate one seed of three fell below its start. 48 walks are evaluated on, as
-# in the paper.
+# Walks have other defaults. One has about 13 tries, as many as four hands, in 11 conversations
+# instead of 4: 64 walks are as much experience as 256 hands, and a minibatch of as many tries has
+# 96 conversations. At twice this learning rate one seed of three fell below its start.
 WALKS = {"tries": virl_env.TRIES, "updates": 10, "episodes": 64, "minibatch": 96, "lr": 5e-5,
          "eval_hands": 48, "eval_every": 5}
-# --preset paper (appendix C.2 and the launch scripts): 2,048 tries an update, 1,024 an optimiser
-# step, here as episodes and conversations. No warm-up, one ratio an answer, one learning rate.
+# --preset paper (appendix C.2, launch scripts): 2,048 tries an update, 1,024 an optimiser step
 PAPER = {"updates": 20, "episodes": 500, "tries": 5, "minibatch": 250, "temperature": 0.2,
          "max_new_tokens": 512, "lr": 1e-6, "value_lr": 1e-6, "warmup": 0, "epochs": 4, "clip": 0.1,
          "value_clip": 0.1, "value_trunk": True, "ratio": "answer", "eval_hands": 234,
@@ -709,17 +663,13 @@ def flags(argv=None):
             ("lam", float, 0.95, "lambda of GAE (paper: 0.95)"),
             ("eval-hands", int, 500, "hands or walks a cell at both ends"),
             ("eval-every", int, 12, "updates between short evaluations")):
-        own = WALKS.get(name.replace("-", "_"))
-        text += f"; default {default}" + (f", V-IRL: {own}" if own is not None else "")
-        add(f"--{name}", type=kind, default=default, help=text)
+        walks = WALKS.get(name.replace("-", "_"), default)
+        add(f"--{name}", type=kind, default=default, help=f"{text}; {default}, V-IRL: {walks}")
     add("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
         help="let the critic's gradient into the trunk (paper: yes)")
-    add("--ratio", choices=("token", "answer"), default="token",
-        help="one ratio for each token, or the paper's one for a whole answer")
-    add("--eval-split", choices=("test", "val"), default="test",
-        help="what is held out: test for reporting, val while tuning")
-    add("--inspect", action="store_true", help="print one hand, or one position of a walk, token "
-        "by token, and stop")
+    add("--ratio", choices=("token", "answer"), default="token", help="paper: answer")
+    add("--eval-split", choices=("test", "val"), default="test", help="val while tuning")
+    add("--inspect", action="store_true", help="print one conversation, token by token, and stop")
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), WALKS), PRESETS, argv)
     if args.temperature <= 0:
         raise Problem("--temperature must be above 0: PPO needs a policy that explores")
