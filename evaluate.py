@@ -249,7 +249,7 @@ class SlotLayer(DynamicLayer):
     """Keys and values (B, heads, room, size) of one layer. A token's slot is its position."""
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Store (B, heads, W, size) keys and values; `Reader.step` set where (B, W) and room."""
+        """Store (B, heads, W, size) keys and values at `where` (B, W); return those in use."""
         kept = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
             old = new[:, :, :0] if old is None else old
@@ -258,7 +258,7 @@ class SlotLayer(DynamicLayer):
             kept.append(old.scatter_(2, self.where[:, None, :, None].expand_as(new), new))
         self.keys, self.values = kept
         self.is_initialized = True
-        return kept
+        return [both[:, :, :self.used] for both in kept]
 
     def get_seq_length(self):
         """0: the model must not count for itself; `Reader` hands positions and mask over whole."""
@@ -287,8 +287,10 @@ class Reader:
         self.cache = {"cache" if "cache" in known else "past_key_values": Cache(layers=self.layers)}
         self.banned = torch.tensor(backbone.banned, dtype=torch.long, device=backbone.device)
         self.length = torch.zeros(rows, dtype=torch.long, device=backbone.device)   # tokens read
-        self.room, self.recording = 0, None                 # slots; see part 4
-        self.pictures, self.tiles = [None] * rows, None     # what rows show; see `look`
+        self.room = self.used = 0                           # slots; those that are looked at
+        self.recording = None                               # part 4
+        self.pictures = [None] * rows                       # what rows show; see `look`
+        self.tiles = self.shifts = None                     # Mllama; m-RoPE
 
     def read(self, ids, counts, pictures=None):
         """Append tokens: ids (B, W) padded on the right, counts (B,) real tokens of each row.
@@ -296,22 +298,23 @@ class Reader:
         pictures: what each row shows from now on. Returns logits (B, V) after each row's last real
         token (of no use where counts is 0), valid until the next read.
         """
-        longest = int(self.length.max()) + ids.shape[1]
-        if longest > self.room:
-            self.room, self.recording = self.BLOCK * math.ceil(longest / self.BLOCK), None
+        self.used = int(self.length.max()) + ids.shape[1]
+        if self.used > self.room:
+            self.room, self.recording = self.BLOCK * math.ceil(self.used / self.BLOCK), None
         seen = self.look(pictures) if pictures else {}
         if ids.shape[1] == 1 and not seen and ids.device.type in self.recorded_on:
+            self.used = self.room       # a recording has one shape
             return read_recorded(self, ids, counts)
         return self.step(ids, counts, seen)
 
     def step(self, ids, counts, seen):
         """The forward pass of `read`. seen: what `look` returned."""
         where = position = self.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        mask = torch.arange(self.room, device=ids.device) <= where[..., None]       # (B, W, room)
+        mask = torch.arange(self.used, device=ids.device) <= where[..., None]       # (B, W, used)
         for layer in self.layers:
-            layer.where, layer.room = where, self.room
-        if self.pictures[0] is not None and mrope(self.backbone.model.config):
-            position = sft.shifted(self.pictures, where)
+            layer.where, layer.room, layer.used = where, self.room, self.used
+        if self.shifts is not None:
+            position = sft.shifted(self.shifts, where)
         if self.tiles is not None:          # the picture's mark stands in a row's first turn
             seen["cross_attention_mask"] = sft.cross_mask(
                 self.backbone, ids, self.tiles, passed=self.length[:, None] > 0)
@@ -330,6 +333,8 @@ class Reader:
         self.pictures, crossing = pictures, crossing_layers(self.backbone.model)
         if not new:
             return {}
+        if mrope(self.backbone.model.config):
+            self.shifts = sft.shift_table(pictures).to(self.length.device)
         if not crossing:            # the placeholders of the old ones are tokens in the cache
             return sft.join_pictures(self.backbone, new)
         for i in crossing:          # a layer keeps one tensor for all rows: all are shown again
@@ -348,6 +353,7 @@ class Reader:
         self.length, self.recording = self.length[rows], None
         self.pictures = [self.pictures[row] for row in rows]
         self.tiles = None if self.tiles is None else self.tiles[rows]
+        self.shifts = None if self.shifts is None else self.shifts[:, rows]
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]
@@ -566,7 +572,7 @@ def cell_splits(cells, splits, task):
 
 def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temperature=0.6,
              batch=256, blindfold=False, fresh=True, **how):
-    """Play `count` hands or walks of each cell and split, and print a line for each.
+    """Play `count` hands or walks of each cell and split.
 
     batch: episodes played together. It changes the draws: compare models at the same one. fresh:
     play everything a second time with tries that know nothing of each other, and add "fresh",
@@ -588,14 +594,14 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
                       "message": found["success"] - alone["success"],
                       # the first answers of both plays are alike
                       "first_try": (found["first_try"] + alone["first_try"]) / 2}
-        show(name, found)
     return results, kept
 
 
 def play_cell(backbone, games, temperature, max_new_tokens, batch, blindfold):
     """Play the (environments, seeds) of a cell; the draws of every checkpoint begin alike."""
     episodes, (envs, seeds) = [], games
-    for start in range(0, len(envs), batch):
+    for number in sft.progress(range(math.ceil(len(envs) / batch)), "play", "batch"):
+        start = number * batch
         generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
         episodes += play(backbone, envs[start:start + batch], seeds[start:start + batch],
                          temperature, max_new_tokens, generator, blindfold)
@@ -635,31 +641,34 @@ def evaluate_run(args, cells):
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
         aside.rename(path)
+        show(row["cells"])
 
 
 def measure_model(args, backbone, cells):
     """`evaluate` as the flags say."""
+    tries = args.tries or (virl_env if args.task.startswith("virl") else gp_env).TRIES
     return evaluate(
-        backbone, cells, args.splits, args.hands, sft.answer_length(backbone, args), args.task,
-        args.temperature, args.batch, args.blindfold, tries=args.tries,
+        backbone, cells, args.splits, args.hands, sft.answer_length(backbone, args, tries),
+        args.task, args.temperature, args.batch, args.blindfold, tries=tries,
         shown=sft.picture_options(args), where=sft.places(args))
 
 
 # -------- 7. Printing
 
 
-def show(name, m):
-    """One aligned line of a cell."""
-    low, high = m["interval"]
-    line = f"  {name:29s} first answer {m['first_try']:6.1%}"
-    line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
-    line += f"  conversation {m['success']:6.1%} [{low:.0%}, {high:.0%}]"
-    if "per_step" in m:             # walks
-        line += f"  per step {m['per_step']:6.1%}, on {m['per_step_on']:6.1%}"
-    else:
-        line += f"  read: cards {m['cards_read']:6.1%}, numbers {m['numbers_read']:6.1%}"
-    line += f"  CUT OFF {m['cut']:.1%} of answers" if m["cut"] > 0.05 else ""
-    tqdm.write(line)
+def show(results):
+    """One aligned line for each cell."""
+    for name, m in results.items():
+        low, high = m["interval"]
+        line = f"  {name:20s}first answer {m['first_try']:6.1%}"
+        line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
+        line += f"  conversation {m['success']:6.1%} [{low:.0%}, {high:.0%}]"
+        if "per_step" in m:             # walks
+            line += f"  per step {m['per_step']:6.1%}, on {m['per_step_on']:6.1%}"
+        else:
+            line += f"  read: cards {m['cards_read']:6.1%}, numbers {m['numbers_read']:6.1%}"
+        line += f"  CUT OFF {m['cut']:.1%} of answers" if m["cut"] > 0.05 else ""
+        tqdm.write(line)
 
 
 def show_more(results):
@@ -735,6 +744,7 @@ def main():
     results, episodes = measure_model(args, sft.open_backbone(args), cells)
     if args.out:                            # before anything long is printed
         pathlib.Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+    show(results)
     show_more(results)
     for name in episodes if args.show else ():
         print("\n#", name)

@@ -43,7 +43,7 @@ from tqdm import tqdm
 import gp_env
 import sft
 import virl_env
-from evaluate import CURVE_CELLS, cut, evaluate, new_game, play
+from evaluate import CURVE_CELLS, cut, evaluate, new_game, play, show
 from sft import (Problem, batch, by_length, checkpoints, load_state, pictured, save_checkpoint,
                  task_parameters, token_logprobs, trunk)
 
@@ -214,7 +214,7 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns False, and advantages of 0, where every episode was paid alike: nothing tells a good
+    Returns False, and advantages of 0, where every answer was paid alike: nothing tells a good
     answer from a bad one, and normalising would make the critic's rounding look like a lesson.
     """
     # An episode may lie in several rows. What follows the last try at a position is V of the next
@@ -228,7 +228,7 @@ def add_advantages(rows, episodes, gamma, lam):
         order |= {(e, k): len(order) + k for k in range(len(rewards))}
         advantages.append(a)
         returns.append(r)
-    paid = {tuple(turn.reward for turn in episode.turns) for episode in episodes}
+    paid = {turn.verdict.reward for episode in episodes for turn in episode.turns}
     advantages, returns = torch.cat(advantages), torch.cat(returns)                # (tries,) each
     advantages = normalised(advantages) if len(paid) > 1 else torch.zeros_like(advantages)
     for row in rows:
@@ -475,6 +475,7 @@ class Policy:
             args.max_new_tokens, args.task, batch=args.sample_batch or 256,
             shown=sft.picture_options(args), where=sft.places(args))
         self.measured.write({"step": step, "hands": hands} | self.compute() | {"cells": results})
+        show(results)
 
     def save(self, step):
         """Write a checkpoint; the newest is enough to go on from, one more should it break."""
@@ -521,7 +522,7 @@ def one_line(row, can_learn):
     line = (f"update {row['step']:3d}  success {row['success']:6.1%}  per step "
             f"{row['per_step']:6.1%}  reward {row['reward']:6.2f}")
     if not can_learn:
-        return line + "  every episode was paid alike, nothing to learn from: no step"
+        return line + "  every answer was paid alike, nothing to learn from: no step"
     explained = math.nan if row["explained_variance"] is None else row["explained_variance"]
     line += (f"  kl {row['approx_kl']:.4f}  clip {row['clipfrac']:5.1%}  ev {explained:5.2f}  "
              f"{row['seconds_collect']:.0f}+{row['seconds_update']:.0f} s")
@@ -614,7 +615,9 @@ def make_start(args):
     path = folder / f"step-{step:06d}"
     print(f"SFT start, {step} steps, made once: {path}", flush=True)
     if not (path / "state.pt").exists():
-        sft.run_sft(wanted, folder, step, sft.open_backbone(wanted))
+        backbone = sft.open_backbone(wanted)
+        sft.answer_length(backbone, args, args.tries)       # before the work, not after it
+        sft.run_sft(wanted, folder, step, backbone)
     return path
 
 
@@ -644,7 +647,7 @@ def flags(argv=None):
     add = parser.add_argument_group("PPO").add_argument
     add("--init", help="checkpoint to start from (default: make the SFT start)")
     for name, kind, default, text in (
-            ("updates", int, 24, "PPO updates (paper: 20; V-IRL: 15)"),
+            ("updates", int, 20, "PPO updates (paper: 20; V-IRL: 15)"),
             ("episodes", int, 256, "episodes an update (paper: about 500, as 2,048 tries)"),
             ("tries", int, gp_env.TRIES, "answers a hand, or a position (paper: 5; V-IRL: 2)"),
             ("temperature", float, 0.6, "of sampling and of the ratio (paper: 0.2)"),
@@ -661,8 +664,8 @@ def flags(argv=None):
             ("kl-coef", float, 0.0, "weight of a KL term to the start (paper: none)"),
             ("gamma", float, 0.9, "discount for each try (paper: 0.9)"),
             ("lam", float, 0.95, "lambda of GAE (paper: 0.95)"),
-            ("eval-hands", int, 500, "hands or walks a cell at both ends"),
-            ("eval-every", int, 12, "updates between short evaluations")):
+            ("eval-hands", int, 250, "hands or walks a cell at both ends"),
+            ("eval-every", int, 10, "updates between short evaluations")):
         walks = WALKS.get(name.replace("-", "_"), default)
         add(f"--{name}", type=kind, default=default, help=f"{text}; {default}, V-IRL: {walks}")
     add("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
@@ -671,6 +674,8 @@ def flags(argv=None):
     add("--eval-split", choices=("test", "val"), default="test", help="val while tuning")
     add("--inspect", action="store_true", help="print one conversation, token by token, and stop")
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), WALKS), PRESETS, argv)
+    if args.inspect and args.resume:
+        raise Problem("--inspect looks at one checkpoint: give it as --init, without --resume")
     if args.temperature <= 0:
         raise Problem("--temperature must be above 0: PPO needs a policy that explores")
     if max(args.gamma, args.lam) > 1:

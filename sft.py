@@ -584,7 +584,7 @@ def hold(folder):
 def progress(steps, name, unit):
     """tqdm over a range of steps; in a log file its line comes once a minute."""
     return tqdm(steps, name, unit=unit, initial=steps.start, total=steps.stop, dynamic_ncols=True,
-                mininterval=0.1 if sys.stderr.isatty() else 60)
+                leave=False, **({} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}))
 
 
 # -------- 6. Loading a model, and finding out how to talk to it
@@ -648,7 +648,8 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
         processor, "chat_template", None)       # some vision-language models keep it there only
     if not template:
         raise Problem(f"--model {name}: its tokenizer has no chat template; use an instruct model")
-    if "strftime_now" in template:      # a prompt that tells the date would change overnight
+    if "strftime_now" in template and "macro strftime_now" not in template:
+        # a prompt that tells the date would change overnight
         template = ("{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}" + template)
     tokenizer.chat_template = template
     before_first, before_answer, after_answer = markup(tokenizer, name)
@@ -879,13 +880,17 @@ def position_shift(backbone, ids, grid):
     return (where - torch.arange(ids.shape[1])).transpose(0, 1)
 
 
-def shifted(pictures, position):
-    """Positions (B, T) that count tokens -> m-RoPE's (3, B, T), by `position_shift` of each row."""
+def shift_table(pictures):
+    """`position_shift` of each row as one table (3, B, t); the last one holds for what follows."""
     shifts = [picture["shift"][0] for picture in pictures]                          # (3, t) each
     longest = max(shift.shape[1] for shift in shifts)
-    table = torch.stack([torch.cat([shift, shift[:, -1:].expand(-1, longest - shift.shape[1])], 1)
-                         for shift in shifts], 1).to(position.device)       # (3, B, longest)
-    at = position.clamp(max=longest - 1).expand(3, -1, -1)
+    return torch.stack([torch.cat([shift, shift[:, -1:].expand(-1, longest - shift.shape[1])], 1)
+                        for shift in shifts], 1)
+
+
+def shifted(table, position):
+    """Positions (B, T) that count tokens -> m-RoPE's (3, B, T). table: see `shift_table`."""
+    at = position.clamp(max=table.shape[2] - 1).expand(3, -1, -1)
     return position + table.gather(2, at)
 
 
@@ -902,7 +907,7 @@ def picture_inputs(backbone, ids, pictures, position):
     # the placeholders take what was seen one by one, row after row
     joined = join_pictures(backbone, pictures)
     if mrope(backbone.model.config):
-        joined["position_ids"] = shifted(pictures, position)
+        joined["position_ids"] = shifted(shift_table(pictures).to(ids.device), position)
     return joined
 
 
@@ -1116,7 +1121,7 @@ def parse_flags(parser, task_defaults, presets, argv=None):
             raise Problem(f"{flag} is empty")
         if isinstance(value, (int, float)) and not 0 <= value < 2 ** 31:       # refuses nan, too
             raise Problem(f"{flag} {value}: must be a number of 0 or more, below 2**31")
-        if type(value) is int and value < 1 and parser.get_default(name) not in (0, None):
+        if type(value) is int and value < 1 and parser.get_default(name) != 0:
             raise Problem(f"{flag} {value}: must be at least 1")
     check_task(args)
     args.model = args.model or str(DEFAULT_MODEL[args.task])
@@ -1162,7 +1167,8 @@ def open_backbone(args, name=None):
 def content_digest(args):
     """Eight hex digits of all that decides a run: its flags, the model's files, this code."""
     files = [HERE / f"{name}.py" for name in ("verifier", "gp_env", "virl_env", "sft")]
-    files += sorted(pathlib.Path(args.model).glob("*.*"))
+    files += [HERE / "cities" / "generate.py", *sorted(pathlib.Path(args.model).glob("*.*"))]
+    files += sorted(pathlib.Path(args.routes).glob("*.*")) if args.routes else []
     settings = {k: str(v) for k, v in vars(args).items() if k not in (*FREE, "ood", "model")}
     seen = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in files:
