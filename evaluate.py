@@ -23,7 +23,7 @@ Shapes: B episodes in a batch, W new tokens of the longest, V vocabulary.
     python evaluate.py --ood --show 2 --model runs/rl-gp-l-s0/step-000020    cells, transcripts
     python evaluate.py --ood --run runs/sft-gp-l-s0                          every checkpoint
 
-On a first reading part 4 can wait. Read before: sft.py. Read next: rl.py.
+Read before: sft.py. Read next: rl.py. On a first reading part 4 can wait.
 """
 
 import argparse
