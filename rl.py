@@ -20,7 +20,6 @@ Symbols and shapes (N is another thing in README eq. 6, parameters):
   ratio = pi_new(action) / pi_old(action)
 
     python rl.py --task gp-l --ood             the main job: 5 minutes on two cores
-    python rl.py --task virl-l --ood           walks
     python rl.py --task gp-l --inspect         one episode, token by token
     python rl.py --task gp-l --init backbones/gp    no SFT start: RL has nothing to reward (Fig. 9)
 
@@ -533,7 +532,8 @@ def one_line(row, can_learn):
 
 def complaints(rows, episodes, backbone, split, temperature=0.6):
     """What is wrong with a fresh batch, before anything was learnt from it: a list of sentences."""
-    sampled, scored = both_logprobs(rows, episodes)
+    sampled = torch.tensor([p for e in episodes for t in e.turns for p in t.logprobs])
+    scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])]).cpu()
     if len(sampled) != len(scored):
         return [f"{len(sampled)} tokens were sampled, {len(scored)} masked: the loss mask is off"]
     found, gaps = [], (sampled - scored).abs()
@@ -551,20 +551,13 @@ def complaints(rows, episodes, backbone, split, temperature=0.6):
     return found
 
 
-def both_logprobs(rows, episodes):
-    """log p of all sampled tokens, (N,) each: as the sampler saw it, as the scoring pass does."""
-    scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])]).cpu()
-    return torch.tensor([p for e in episodes for t in e.turns for p in t.logprobs]), scored
-
-
 def self_check(rows, episodes, backbone, split, temperature=0.6):
     """Raise Problem with the first of the `complaints`; else return a line that says what holds."""
     found = complaints(rows, episodes, backbone, split, temperature)
     if found:
         raise Problem(f"self-check: {found[0]}")
-    sampled, scored = both_logprobs(rows, episodes)
-    return (f"self-check: log p of sampler and update within {(sampled - scored).abs().max():.1e}, "
-            f"{len(scored)} tokens" + ", no held-out hand or route" * (split == "train"))
+    return (f"self-check: sampler and update agree on log p of {sum(sum(r['mask']) for r in rows)} "
+            "tokens" + ", no held-out hand or route" * (split == "train"))
 
 
 def in_training(env):
@@ -677,8 +670,6 @@ def flags(argv=None):
         raise Problem("--inspect looks at one checkpoint: give it as --init, without --resume")
     if args.temperature <= 0:
         raise Problem("--temperature must be above 0: PPO needs a policy that explores")
-    if max(args.gamma, args.lam) > 1:
-        raise Problem("--gamma and --lam must not be above 1: returns would grow without limit")
     return args
 
 

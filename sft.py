@@ -55,8 +55,7 @@ TASKS = [f"{name}-{sense}" for name in ENVIRONMENTS for sense in ("l", "vl")]   
 DEFAULT_MODEL = {task: HERE / "backbones" / task.split("-")[0] for task in TASKS}
 # Where V-IRL trains, and where it meets streets, names and houses that it has never seen.
 TRAINING_CITY, *OTHER_CITIES = virl_env.CITIES
-# What the rule OOD changes: arguments of the environment.
-OTHER_RULE = {"gp": {"rule": "face", "face": True}, "virl": {"rule": "relative"}}
+OTHER_RULE = {"gp": {"rule": "face", "face": True}, "virl": {"rule": "relative"}}   # rule OOD
 
 
 class Problem(Exception):
@@ -180,10 +179,7 @@ def trunk(backbone, ids, lengths, pictures=None):
 
 
 def precision(backbone):
-    """The context of a forward pass: float32 weights are multiplied in bf16 on a GPU.
-
-    On a CPU they stay float32. Log-probabilities and the critic are float32 everywhere.
-    """
+    """The context of a forward pass: on a GPU float32 weights are multiplied in bf16."""
     on = backbone.device.type == "cuda" and backbone.model.dtype == torch.float32
     return torch.autocast(backbone.device.type, torch.bfloat16, enabled=on)
 
@@ -321,9 +317,8 @@ def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=Fa
             path = save_checkpoint(folder / f"step-{step + 1:06d}", backbone,
                                    {"optimizer": optimizer.state_dict(), "tokens": tokens})
             numbers = [f"{name} {value:.4f}" for name, value in row.items()
-                       if name.endswith(("loss", "nll", "read"))]
-            tqdm.write(f"step {step + 1:5d}  " + "  ".join(numbers)
-                       + f"  {row['seconds'] / 60:.1f} min")
+                       if "loss" in name or "nll" in name or "read" in name]
+            tqdm.write("  ".join([f"step {step + 1:5d}", *numbers]))
             losses = []
     return path
 
@@ -614,8 +609,7 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
         processor, "chat_template", None)       # some vision-language models keep it there only
     if not template:
         raise Problem(f"--model {name}: its tokenizer has no chat template; use an instruct model")
-    if "strftime_now" in template and "macro strftime_now" not in template:
-        # a prompt that tells the date would change overnight
+    if "strftime_now" in template and "macro strftime_now" not in template:     # one date for all
         template = ("{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}" + template)
     tokenizer.chat_template = template
     before_first, before_answer, after_answer = markup(tokenizer, name)
@@ -724,9 +718,7 @@ def answer_length(backbone, args, tries=1):
 #   placeholders (Idefics3,         the picture takes k places of the sequence; what the eyes saw
 #   SmolVLM, Qwen2.5-VL)            stands there instead of embeddings, attended to as text is
 #   crossing (Mllama, the paper's)  one mark in the sequence; a few layers of their own attend from
-#                                   every token after the mark to the picture, behind gates. Text
-#                                   without a picture skips these layers
-# In both the tensors of a picture travel with their row.
+#                                   every token after it to the picture. Text skips these layers
 
 
 def crossing_layers(model):
@@ -754,8 +746,7 @@ def picture_size(text):
     size = tuple(int(side) if side.isdecimal() else 0 for side in text.lower().split("x"))
     if len(size) == 2 and least[0] <= size[0] <= 4096 and least[1] <= size[1] <= 4096:
         return size
-    raise Problem(f"--picture-size {text}: give WIDTHxHEIGHT in pixels, from {least[0]}x{least[1]} "
-                  "to 4096x4096")
+    raise Problem(f"--picture-size {text}: give WIDTHxHEIGHT, from 128x64 to 4096x4096")
 
 
 def load_processor(name, local, config):
@@ -983,7 +974,6 @@ for seeing in ("gp-vl", "virl-vl"):
 def guarded(main):
     """Run a script's main(): what the user can put right ends in one clear line, exit code 2."""
     name = pathlib.Path(sys.argv[0]).name
-    again = "run it again" if name == "evaluate.py" else "go on with --resume"
     for stream in (sys.stdout, sys.stderr):     # a model may say what a terminal cannot print
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
@@ -996,12 +986,12 @@ def guarded(main):
     except (Problem, virl_env.RouteProblem) as problem:
         said = " ".join(str(problem).split())
     except OSError as error:            # "No space left on device", among others
-        said = f"{error}; nothing saved before is lost: {again}"
+        said = f"{error}; nothing saved before is lost"
     except (MemoryError, torch.OutOfMemoryError):
         said = ("out of memory: lower --micro-batch or add --grad-checkpoint (training), lower "
-                f"--sample-batch or --batch (sampling), or begin with --dtype bfloat16; {again}")
+                "--sample-batch or --batch (sampling), or begin with --dtype bfloat16")
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; {again}", file=sys.stderr)
+        print(f"\n{name}: stopped; training goes on with --resume", file=sys.stderr)
         return 130
     print(f"{name}: {said}", file=sys.stderr)
     return 2
@@ -1080,11 +1070,9 @@ def check_task(args):
     for flag, fine in fits.items():
         if not fine:
             raise Problem(f"{flag} is for another task than {args.task}: see --task")
-    # now, not when the first walk with a missing panorama comes by, perhaps after hours
+    # now, not when a missing panorama comes by, after hours
     for folder in filter(None, (args.routes, args.other_routes)):
-        atlas = virl_env.open_atlas(folder, pictured(args.task))
-        if folder == args.routes and getattr(args, "split", "train") == "train":
-            virl_env.split_routes(len(atlas), "val")
+        virl_env.open_atlas(folder, pictured(args.task))
 
 
 def open_backbone(args, name=None):
@@ -1125,11 +1113,9 @@ def flags(argv=None):
     add("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3; paper: 1e-6)")
     add("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
     add("--micro-batch", type=int, default=64, help="examples in memory at once; the same result")
-    add("--revise", type=float, default=0.0, help="share of examples that open with wrong tries "
-        "and the verifier's messages (paper: Fig. 15)")
+    add("--revise", type=float, default=0.0, help="share of examples with wrong tries (Fig. 15)")
     add("--vary-rule", action="store_true", help="gp: train with J, Q, K anywhere in 10..13")
-    add("--drop-pictures", action="store_true", help="-vl: train on words alone, as the paper's "
-        "released collator seems to do by mistake")
+    add("--drop-pictures", action="store_true", help="-vl: a fault of the released collator")
     return parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), {"steps": 800}), PRESETS, argv)
 
 

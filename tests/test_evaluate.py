@@ -713,7 +713,6 @@ def test_results_are_written_before_anything_is_printed(model, tmp_path, monkeyp
     (["--run", "empty"], ["empty"]),
     (["--run", ""], ["--run", "empty"]),
     (["--run", "runs", "--steps", "1", "999"], ["--run"]),
-    (["--steps", "3"], ["--steps", "--run"]),
     (["--out", "nowhere/results.json"], ["nowhere"]),
     (["--out", "empty"], ["empty"]),
 ])
