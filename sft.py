@@ -31,6 +31,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import string
@@ -143,13 +144,12 @@ def batch(backbone, rows):
 
     pictures: a list of B, or None: either every row of a batch shows one or none does.
     """
-    pictures = [row["picture"] for row in rows]
-    shown = [picture is not None for picture in pictures]
-    assert all(shown) or not any(shown), "some rows show a picture and some do not"
+    pictures = [row["picture"] for row in rows if row["picture"] is not None]
+    assert len(pictures) in (0, len(rows)), "some rows show a picture and some do not"
     ids, mask = pad([row["ids"] for row in rows]), pad([row["mask"] for row in rows])   # (B, T)
     lengths = torch.tensor([len(row["ids"]) for row in rows])                          # (B,)
     device = backbone.device
-    return ids.to(device), mask.to(device), lengths.to(device), pictures if any(shown) else None
+    return ids.to(device), mask.to(device), lengths.to(device), pictures or None
 
 
 def by_length(rows, size):
@@ -361,9 +361,8 @@ def run_sft(args, folder, stop, backbone):
                 for cell, rows in asked.items()}
 
     warmup = max(1, int((0.03 if args.preset else 0.01) * args.steps))
-    save_at = {start_step(args), *range(args.save_every, args.steps, args.save_every)}
-    if args.save_every > 20:                # the rise and the peak of OOD come early
-        save_at |= {20, 40, 80, 150}
+    # few at first: the rise and the peak of OOD come early
+    save_at = {start_step(args), 20, 40, 80, 150, *range(0, args.steps, args.save_every)}
     return train(backbone, draw, folder, stop, lambda step: learning_rate(
         step, args.steps, args.lr, warmup), save_at, args.micro_batch, args.resume, probe,
         task_parameters(backbone.model, pictured(args.task)), tokens_before(args.model))
@@ -519,7 +518,7 @@ held = []           # lock files of the runs of this process
 def open_run(folder, args, kind):
     """Create a run folder and write args.json, or check that --resume goes on with the same run."""
     folder = pathlib.Path(folder)
-    known, before = folder / "args.json", {}
+    known = folder / "args.json"
     settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in FREE}
     for key in ("model", "init"):       # the same run, however its folder is spelt
         path = pathlib.Path(settings.get(key) or "").resolve()
@@ -529,15 +528,13 @@ def open_run(folder, args, kind):
         if not args.resume:
             raise Problem(f"{folder} holds a run already: --resume it, or give another --out")
         try:
-            before = dict(json.loads(known.read_text()))
-        except (OSError, ValueError, TypeError):
+            before = json.loads(known.read_text())
+        except (OSError, ValueError):
             raise Problem(f"{known} is missing or damaged: give another --out") from None
-    # a key that is not there is a flag that did not exist then
-    changed = sorted(k for k in settings.keys() & before.keys() if before[k] != settings[k])
-    if changed:
-        key = changed[0]
-        raise Problem(f"--resume: {folder} was started with another --{key.replace('_', '-')} "
-                      f"({before[key]}, now {settings[key]})")
+        for key, value in before.items():
+            if settings.get(key, value) != value:
+                raise Problem(f"--resume: {folder} was started with --{key.replace('_', '-')} "
+                              f"{value}, not {settings[key]}")
     folder.mkdir(parents=True, exist_ok=True)
     if sys.platform != "win32":     # one writer at a time; the lock goes with the process
         import fcntl
@@ -643,25 +640,21 @@ def markup(tokenizer, name):
 
     Templates are programs: a conversation of marker words is rendered and cut at the markers.
     """
-    marks, trouble = ("UUU", "AAA", "FFF"), "drops or repeats turns"
     for in_parts in (False, True):  # SmolVLM's loses a turn that is not a list of parts
         talk = [{"role": role, "content": [{"type": "text", "text": word}] if in_parts else word}
-                for role, word in zip(("user", "assistant", "user"), marks)]
+                for role, word in (("user", "UUU"), ("assistant", "AAA"), ("user", "FFF"))]
         try:
             whole, once = (tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
                 for turns in (talk, talk[:1]))
-        except Exception as error:      # a template is a program of somebody else's
-            trouble = f"fails ({error})"
+            before_first, before_answer = once.split("UUU")
+            _, between, after_answer, _ = re.split("UUU|AAA|FFF", whole)
+        except Exception as error:      # a turn is lost or repeated, or the program itself fails
+            trouble = f"cannot be cut into turns ({error})"
             continue
-        if [whole.count(word) for word in marks] != [1, 1, 1] or once.count("UUU") != 1:
-            continue
-        before_first, before_answer = once.split("UUU")
-        between = whole.split("UUU")[1].split("AAA")[0]
-        if before_answer.rstrip() != between.rstrip():
-            trouble = "does not open an answer as it opens those of the past"
-            continue
-        return before_first, before_answer, whole.split("AAA")[1].split("FFF")[0]
+        if before_answer.rstrip() == between.rstrip():
+            return before_first, before_answer, after_answer
+        trouble = "does not open an answer as it opens those of the past"
     raise Problem(f"{name}: its chat template {trouble}; unsupported")
 
 
@@ -1026,10 +1019,6 @@ def training_flags(parser):
     add("--freeze", choices=("none", "vision", "adapter"), help="keeps its weights (Fig. 16)")
 
 
-SAME_GAME = ("task", "routes", "other_routes", "picture_size", "announce", "dtype",
-             "max_new_tokens")
-
-
 def parse_flags(parser, task_defaults, presets, argv=None):
     """Parse and check a command line. Returns the Namespace. Raises Problem.
 
@@ -1040,7 +1029,9 @@ def parse_flags(parser, task_defaults, presets, argv=None):
     run = pathlib.Path(getattr(first, "run", None) or pathlib.Path(first.model or "").parent)
     if not presets and (run / "args.json").exists():
         trained = json.loads((run / "args.json").read_text())
-        parser.set_defaults(**{key: trained[key] for key in SAME_GAME if key in trained})
+        same = ("task", "routes", "other_routes", "picture_size", "announce", "dtype",
+                "max_new_tokens")
+        parser.set_defaults(**{key: trained[key] for key in same if key in trained})
         first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**task_defaults.get(first.task, {}))
     if getattr(first, "preset", None):
@@ -1050,10 +1041,9 @@ def parse_flags(parser, task_defaults, presets, argv=None):
         flag = "--" + name.replace("_", "-")
         if value == "":                 # from a shell variable that is not set
             raise Problem(f"{flag} is empty")
-        if isinstance(value, (int, float)) and not 0 <= value < 2 ** 31:       # refuses nan, too
-            raise Problem(f"{flag} {value}: must be a number of 0 or more, below 2**31")
-        if type(value) is int and value < 1 and parser.get_default(name) != 0:
-            raise Problem(f"{flag} {value}: must be at least 1")
+        least = int(type(value) is int and parser.get_default(name) != 0)
+        if isinstance(value, (int, float)) and not least <= value < 2 ** 31:   # refuses nan, too
+            raise Problem(f"{flag} {value}: must be a number from {least} to 2**31")
     check_task(args)
     args.model = args.model or str(DEFAULT_MODEL[args.task])
     if args.threads:
@@ -1127,7 +1117,6 @@ def main():
     print(f"SFT of {args.model} on {args.task}, seed {args.seed}, {args.steps} steps of "
           f"{args.batch} examples", flush=True)
     backbone = open_backbone(args)
-    freeze(backbone.model, args.freeze)                 # before the run folder is claimed
     answer_length(backbone, args)       # says so if right answers would be cut off
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
     run_sft(args, folder, args.steps, backbone)
