@@ -693,7 +693,7 @@ def answer_length(backbone, args, tries=1):
     limit = min(limit for limit in limits if limit)
     needed = max(len(row["ids"]) for row in rows) + 2 * tries * length
     if needed > limit:
-        raise Problem(f"{needed} tokens needed, model reads {limit}: lower --tries, --max-new-tokens")
+        raise Problem(f"{needed} tokens needed, {limit} fit: lower --tries or --max-new-tokens")
     return length
 
 
