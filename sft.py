@@ -31,6 +31,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import string
@@ -143,13 +144,12 @@ def batch(backbone, rows):
 
     pictures: a list of B, or None: either every row of a batch shows one or none does.
     """
-    pictures = [row["picture"] for row in rows]
-    shown = [picture is not None for picture in pictures]
-    assert all(shown) or not any(shown), "some rows show a picture and some do not"
+    pictures = [row["picture"] for row in rows if row["picture"] is not None]
+    assert len(pictures) in (0, len(rows)), "some rows show a picture and some do not"
     ids, mask = pad([row["ids"] for row in rows]), pad([row["mask"] for row in rows])   # (B, T)
     lengths = torch.tensor([len(row["ids"]) for row in rows])                          # (B,)
     device = backbone.device
-    return ids.to(device), mask.to(device), lengths.to(device), pictures if any(shown) else None
+    return ids.to(device), mask.to(device), lengths.to(device), pictures or None
 
 
 def by_length(rows, size):
@@ -361,22 +361,18 @@ def run_sft(args, folder, stop, backbone):
                 for cell, rows in asked.items()}
 
     warmup = max(1, int((0.03 if args.preset else 0.01) * args.steps))
-    save_at = {start_step(args), *range(args.save_every, args.steps, args.save_every)}
-    if args.save_every > 20:                # the rise and the peak of OOD come early
-        save_at |= {20, 40, 80, 150}
+    # few at first: the rise and the peak of OOD come early
+    save_at = {start_step(args), 20, 40, 80, 150, *range(0, args.steps, args.save_every)}
     return train(backbone, draw, folder, stop, lambda step: learning_rate(
         step, args.steps, args.lr, warmup), save_at, args.micro_batch, args.resume, probe,
         task_parameters(backbone.model, pictured(args.task)), tokens_before(args.model))
 
 
-# The step of SFT that RL starts from; the paper's. The backbone of walks lacks the format alone:
-# after 40 steps little would be left to gain.
-START, PAPER_START = {"gp": 60, "virl": 12}, {"gp": 400, "virl": 25}
-
-
 def start_step(args):
-    """The step of SFT that RL starts from, for a task and preset."""
-    return (PAPER_START if args.preset else START)[args.task.split("-")[0]]
+    """The step of SFT that RL starts from; with --preset the paper's."""
+    # the backbone of walks lacks the format alone: after 40 steps little would be left to gain
+    starts = {"gp": 400, "virl": 25} if args.preset else {"gp": 60, "virl": 12}
+    return starts[args.task.split("-")[0]]
 
 
 def game_options(args):
@@ -428,7 +424,7 @@ def freeze(model, what):
 def save_checkpoint(folder, backbone, state=None):
     """Write a checkpoint folder in one atomic move: Hugging Face files plus state.pt. Returns it.
 
-    state: a dict of tensors, numbers, strings and containers of those (what weights_only can read).
+    state: a dict of plain data and tensors, which weights_only can read.
     """
     folder = pathlib.Path(folder)
     aside = folder.with_name(f".{folder.name}.tmp")
@@ -443,8 +439,8 @@ def save_checkpoint(folder, backbone, state=None):
     except Exception as error:      # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
         full = ", the disk is full" * (shutil.disk_usage(folder.parent).free < 2 ** 26)
-        raise Problem(f"{folder} cannot be written ({str(error)[:200]}){full}; what was saved "
-                      "before is not lost: go on with --resume") from None
+        said = f"{folder} cannot be written ({str(error)[:200]})"
+        raise Problem(f"{said}{full}; what was saved before is safe: --resume") from None
     shutil.rmtree(folder, ignore_errors=True)           # an older one of that name
     return aside.rename(folder)
 
@@ -519,25 +515,22 @@ held = []           # lock files of the runs of this process
 def open_run(folder, args, kind):
     """Create a run folder and write args.json, or check that --resume goes on with the same run."""
     folder = pathlib.Path(folder)
-    known, before = folder / "args.json", {}
+    known = folder / "args.json"
     settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in FREE}
     for key in ("model", "init"):       # the same run, however its folder is spelt
-        path = pathlib.Path(settings.get(key) or "").resolve()
-        if settings.get(key) and path.exists():
-            settings[key] = str(path.relative_to(HERE) if HERE in path.parents else path)
+        if settings.get(key) and pathlib.Path(settings[key]).exists():
+            settings[key] = os.path.relpath(settings[key], HERE)
     if known.exists() or checkpoints(folder):
         if not args.resume:
             raise Problem(f"{folder} holds a run already: --resume it, or give another --out")
         try:
-            before = dict(json.loads(known.read_text()))
-        except (OSError, ValueError, TypeError):
+            before = json.loads(known.read_text())
+        except (OSError, ValueError):
             raise Problem(f"{known} is missing or damaged: give another --out") from None
-    # a key that is not there is a flag that did not exist then
-    changed = sorted(k for k in settings.keys() & before.keys() if before[k] != settings[k])
-    if changed:
-        key = changed[0]
-        raise Problem(f"--resume: {folder} was started with another --{key.replace('_', '-')} "
-                      f"({before[key]}, now {settings[key]})")
+        for key, value in before.items():
+            if settings.get(key, value) != value:
+                flag = "--" + key.replace("_", "-")
+                raise Problem(f"--resume: {folder} has {flag} {value}, not {settings[key]}")
     folder.mkdir(parents=True, exist_ok=True)
     if sys.platform != "win32":     # one writer at a time; the lock goes with the process
         import fcntl
@@ -554,18 +547,15 @@ def open_run(folder, args, kind):
 
 def progress(steps, name, unit):
     """tqdm over a range of steps; in a log file its line comes once a minute."""
-    return tqdm(steps, name, unit=unit, initial=steps.start, total=steps.stop, dynamic_ncols=True,
-                leave=False, **({} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}))
+    rare = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}
+    return tqdm(steps, name, unit=unit, initial=steps.start, total=steps.stop, leave=False, **rare)
 
 
 # -------- 6. Loading a model, and finding out how to talk to it
 
 
 def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
-    """Load a chat model from a folder or, by name, from the hub. Returns a Backbone.
-
-    Raises Problem for what cannot be loaded, or cannot chat.
-    """
+    """Load a chat model from a folder or, by name, from the hub: a Backbone. Raises Problem."""
     from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
                               AutoTokenizer, GenerationConfig)
     from transformers.utils import logging
@@ -605,8 +595,8 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
 
 def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone.blind):
     """Find the markup, the end tokens and the banned tokens of a model. Returns a Backbone."""
-    template = getattr(tokenizer, "chat_template", None) or getattr(
-        processor, "chat_template", None)       # some vision-language models keep it there only
+    # some vision-language models keep it with the processor only
+    template = tokenizer.chat_template or getattr(processor, "chat_template", None)
     if not template:
         raise Problem(f"{name}: its tokenizer has no chat template; use an instruct model")
     if "strftime_now" in template and "macro strftime_now" not in template:     # one date for all
@@ -621,13 +611,13 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
     before_picture = ""
     if processor is not None:
         before_picture, blind = picture_markup(tokenizer, processor, before_answer)
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    listed = listed if isinstance(listed, (list, tuple)) else [listed, tokenizer.eos_token_id]
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed, tokenizer.eos_token_id]
     rows = model.get_output_embeddings().weight.shape[0]
     # A sampled picture placeholder makes the next forward pass ask for a picture that is not there.
-    placeholders = {getattr(model.config, key, None) for key in
-                    ("image_token_index", "image_token_id", "video_token_id",
-                     "vision_start_token_id", "vision_end_token_id")}
+    marks = ("image_token_index", "image_token_id", "video_token_id", "vision_start_token_id",
+             "vision_end_token_id")
+    placeholders = {getattr(model.config, key, None) for key in marks}
     backbone = Backbone(
         model, tokenizer, before_first=before_first, before_answer=before_answer,
         end_ids=list(dict.fromkeys([end_id] + [i for i in listed if type(i) is int])),
@@ -643,25 +633,21 @@ def markup(tokenizer, name):
 
     Templates are programs: a conversation of marker words is rendered and cut at the markers.
     """
-    marks, trouble = ("UUU", "AAA", "FFF"), "drops or repeats turns"
     for in_parts in (False, True):  # SmolVLM's loses a turn that is not a list of parts
         talk = [{"role": role, "content": [{"type": "text", "text": word}] if in_parts else word}
-                for role, word in zip(("user", "assistant", "user"), marks)]
+                for role, word in (("user", "UUU"), ("assistant", "AAA"), ("user", "FFF"))]
         try:
             whole, once = (tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
                 for turns in (talk, talk[:1]))
-        except Exception as error:      # a template is a program of somebody else's
-            trouble = f"fails ({error})"
+            before_first, before_answer = once.split("UUU")
+            _, between, after_answer, _ = re.split("UUU|AAA|FFF", whole)
+        except Exception as error:      # a turn is lost or repeated, or the program itself fails
+            trouble = f"cannot be cut into turns ({error})"
             continue
-        if [whole.count(word) for word in marks] != [1, 1, 1] or once.count("UUU") != 1:
-            continue
-        before_first, before_answer = once.split("UUU")
-        between = whole.split("UUU")[1].split("AAA")[0]
-        if before_answer.rstrip() != between.rstrip():
-            trouble = "does not open an answer as it opens those of the past"
-            continue
-        return before_first, before_answer, whole.split("AAA")[1].split("FFF")[0]
+        if before_answer.rstrip() == between.rstrip():
+            return before_first, before_answer, after_answer
+        trouble = "does not open an answer as it opens those of the past"
     raise Problem(f"{name}: its chat template {trouble}; unsupported")
 
 
@@ -683,8 +669,7 @@ def check_model(backbone, name):
         theirs = model(input_ids=ids, use_cache=False).logits.float()
     gap = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)
     if not gap < 0.02:
-        raise Problem(f"{name}: its logits are not those of its output layer (off by "
-                      f"{gap:.0%}): a model that scales or bends them is unsupported")
+        raise Problem(f"{name}: it scales or bends its logits (off by {gap:.0%}); unsupported")
 
 
 def answer_length(backbone, args, tries=1):
@@ -700,8 +685,7 @@ def answer_length(backbone, args, tries=1):
     longest = max(sum(row["mask"]) for row in rows)        # its end token included
     length = args.max_new_tokens or 8 * math.ceil(longest * 1.25 / 8)
     if length < longest:
-        tqdm.write(f"--max-new-tokens {length} cuts off right answers: expert answers have up to "
-                   f"{longest} tokens")
+        tqdm.write(f"--max-new-tokens {length} cuts off right answers of up to {longest} tokens")
     # The model's length, or its window of attention. A message is shorter than an answer.
     text = backbone.model.config.get_text_config()
     windowed = getattr(text, "use_sliding_window", True)
@@ -709,8 +693,7 @@ def answer_length(backbone, args, tries=1):
     limit = min(limit for limit in limits if limit)
     needed = max(len(row["ids"]) for row in rows) + 2 * tries * length
     if needed > limit:
-        raise Problem(f"a conversation may need {needed} tokens, this model reads {limit}: lower "
-                      "--tries or --max-new-tokens")
+        raise Problem(f"{needed} tokens needed, {limit} fit: lower --tries or --max-new-tokens")
     return length
 
 
@@ -840,10 +823,7 @@ def shifted(table, position):
 
 
 def picture_inputs(backbone, ids, pictures, position):
-    """Arguments of the model, beside the tokens, for a batch of pictured rows.
-
-    ids, position (B, T); pictures: B dicts of tensors from `encode_picture`.
-    """
+    """What B pictures add to the model's arguments. ids, position (B, T)."""
     if crossing_layers(backbone.model):
         states, tiles = cross_states(backbone, pictures)            # (B, P, H), (B, tiles)
         return {"cross_attention_states": states,
@@ -871,9 +851,9 @@ def cross_states(backbone, pictures):
 
 
 def cross_mask(backbone, ids, tiles, passed=False):
-    """Mllama: (B, T, 1, tiles), 1 where a token sees a tile: from its row's picture mark on.
+    """Mllama: (B, T, 1, tiles), 1 where a token of ids (B, T) sees a tile: from the mark on.
 
-    passed (B, 1): the mark came before these ids (B, T).
+    passed (B, 1): the mark came before these ids.
     """
     after = (ids == backbone.model.config.image_token_index).cumsum(1) > 0              # (B, T)
     return ((after | passed)[:, :, None] * tiles[:, None, :])[:, :, None, :]
@@ -963,12 +943,11 @@ class AdamW16(torch.optim.Optimizer):
 # accumulates. Steps are 800,000 examples; for walks the paper says none: a guess.
 LARGE = {"model": "meta-llama/Llama-3.2-11B-Vision-Instruct", "dtype": "bfloat16",
          "grad_checkpoint": True}
-PRESETS = {task: LARGE | {"batch": 128, "steps": 6250, "save_every": 400, "lr": 1e-6,
-                          "micro_batch": 4} for task in TASKS}
-for walks in ("virl-l", "virl-vl"):
-    PRESETS[walks] |= {"steps": 400, "save_every": 25}
-for seeing in ("gp-vl", "virl-vl"):
-    PRESETS[seeing] |= {"lr": 5e-7, "micro_batch": 2, "picture_size": "1200x1200"}
+PAPER = LARGE | {"batch": 128, "steps": 6250, "save_every": 400, "lr": 1e-6, "micro_batch": 4}
+WALKS = {"steps": 400, "save_every": 25}
+SEEN = {"lr": 5e-7, "micro_batch": 2, "picture_size": "1200x1200"}
+PRESETS = {"gp-l": PAPER, "gp-vl": PAPER | SEEN, "virl-l": PAPER | WALKS,
+           "virl-vl": PAPER | WALKS | SEEN}
 
 
 def guarded(main):
@@ -1026,21 +1005,16 @@ def training_flags(parser):
     add("--freeze", choices=("none", "vision", "adapter"), help="keeps its weights (Fig. 16)")
 
 
-SAME_GAME = ("task", "routes", "other_routes", "picture_size", "announce", "dtype",
-             "max_new_tokens")
-
-
 def parse_flags(parser, task_defaults, presets, argv=None):
-    """Parse and check a command line. Returns the Namespace. Raises Problem.
-
-    task_defaults, presets: {task: {flag: default}}; so --task is read first.
-    """
-    first = parser.parse_known_args(argv)[0]
+    """A command line, checked. task_defaults, presets: {task: {flag: value}}. Raises Problem."""
+    first = parser.parse_known_args(argv)[0]        # --task and --preset decide the defaults
     # evaluate.py: a checkpoint plays what it was trained on, unless told otherwise
     run = pathlib.Path(getattr(first, "run", None) or pathlib.Path(first.model or "").parent)
     if not presets and (run / "args.json").exists():
         trained = json.loads((run / "args.json").read_text())
-        parser.set_defaults(**{key: trained[key] for key in SAME_GAME if key in trained})
+        same = ("task", "routes", "other_routes", "picture_size", "announce", "dtype",
+                "max_new_tokens")
+        parser.set_defaults(**{key: trained[key] for key in same if key in trained})
         first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**task_defaults.get(first.task, {}))
     if getattr(first, "preset", None):
@@ -1050,19 +1024,9 @@ def parse_flags(parser, task_defaults, presets, argv=None):
         flag = "--" + name.replace("_", "-")
         if value == "":                 # from a shell variable that is not set
             raise Problem(f"{flag} is empty")
-        if isinstance(value, (int, float)) and not 0 <= value < 2 ** 31:       # refuses nan, too
-            raise Problem(f"{flag} {value}: must be a number of 0 or more, below 2**31")
-        if type(value) is int and value < 1 and parser.get_default(name) != 0:
-            raise Problem(f"{flag} {value}: must be at least 1")
-    check_task(args)
-    args.model = args.model or str(DEFAULT_MODEL[args.task])
-    if args.threads:
-        torch.set_num_threads(min(args.threads, os.cpu_count() or 1))   # more would only wait
-    return args
-
-
-def check_task(args):
-    """Refuse flags of another task, and routes that cannot be walked. Raises Problem."""
+        least = int(type(value) is int and parser.get_default(name) != 0)
+        if isinstance(value, (int, float)) and not least <= value < 2 ** 31:   # refuses nan, too
+            raise Problem(f"{flag} {value}: must be a number from {least} to 2**31")
     picture_size(args.picture_size)
     fits = {"--picture-size": pictured(args.task) or not args.picture_size,
             "--no-announce": args.task == "virl-vl" or args.announce,
@@ -1075,6 +1039,10 @@ def check_task(args):
     # now, not when a missing panorama comes by, after hours
     for folder in filter(None, (args.routes, args.other_routes)):
         virl_env.open_atlas(folder, pictured(args.task))
+    args.model = args.model or str(DEFAULT_MODEL[args.task])
+    if args.threads:
+        torch.set_num_threads(min(args.threads, os.cpu_count() or 1))   # more would only wait
+    return args
 
 
 def open_backbone(args, name=None):
@@ -1127,7 +1095,6 @@ def main():
     print(f"SFT of {args.model} on {args.task}, seed {args.seed}, {args.steps} steps of "
           f"{args.batch} examples", flush=True)
     backbone = open_backbone(args)
-    freeze(backbone.model, args.freeze)                 # before the run folder is claimed
     answer_length(backbone, args)       # says so if right answers would be cut off
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
     run_sft(args, folder, args.steps, backbone)
