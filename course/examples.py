@@ -1,8 +1,8 @@
 """Examples: what each function is called with. Plain data, made from a generator of chance alone.
 
 The same makers serve the public examples (seed "public") and the hidden ones of a grader (a secret
-seed). They stay with the instructor: a maker knows which answers hurt. Two of them ask the repository
-itself: what a formula is worth (`verify_gp`), which split a hand is of (`complaints`).
+seed). They stay with the instructor: a maker knows which answers hurt. Two of them ask the
+repository itself: what a formula is worth (`verify_gp`), whose split a hand is (`complaints`).
 
 MAKERS[function](rng) returns a list of examples. rng: random.Random.
 Read next: mutants.py.
@@ -122,7 +122,8 @@ def gp_answer(rng, kind, picture):
         elif kind == "one twice":
             used.append(rng.choice(used))
         elif kind == "one foreign":
-            used[rng.randrange(4)] = rng.choice([n for n in range(1, 20) if n not in numbers])
+            foreign = rng.choice([n for n in range(1, 20) if n not in numbers])
+            used = rng.choice(([*used, foreign], [*used[1:], foreign]))
         elif kind == "one for another":
             used[rng.randrange(4)] = rng.choice(numbers)
         text = formula(rng, used)

@@ -92,7 +92,7 @@ def emptied(text, functions, helpers):
             while start and (not lines[start - 1] or lines[start - 1].startswith("# ")
                              and not lines[start - 1].startswith("# ---")):
                 start -= 1
-            lines[start:node.end_lineno] = [""] if start and lines[start - 1] else []
+            lines[start:node.end_lineno] = []
     return "\n".join(lines) + "\n"
 
 

@@ -108,8 +108,7 @@ MUTANTS = [
             ("_judge_formula", "if len(formulas) != 1:", "if not formulas:")]),
         ("adds penalties up", "an answer has ONE kind", [
             ("verify_gp", "reward = GP_REWARDS[kind]",
-             "reward = GP_REWARDS[kind] - (2.0 if kind == 'wrong value' and not numbers_right "
-             "else 0.0)")]),
+             "reward = GP_REWARDS[kind] - (kind == 'wrong numbers' and value != target)")]),
         ("reads an answer of any length", "MAX_ANSWER", [
             ("_judge_formula", "if answer_length > MAX_ANSWER", "if False")]),
         ("pays for misread cards without a picture, too", "picture=False: the cards were told",
