@@ -38,7 +38,7 @@ import types
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from problems import own_names, problem_of  # noqa: E402
+from problems import FILES, own_names, problem_of  # noqa: E402
 
 CPU_SECONDS, WALL_SECONDS = 8, 20
 EXTRA_MEMORY = 1 << 30          # bytes on top of what the server holds
@@ -175,8 +175,7 @@ def run_test(text, folder):
 
     They are called without arguments: a test of the hunt needs no fixtures.
     """
-    import runs
-    for name in runs.FILES:
+    for name in FILES:
         sys.modules.pop(name, None)
     sys.path.insert(0, folder)
     space, passed, failed = {"__name__": "test_hunt"}, 0, []
@@ -194,12 +193,20 @@ def run_test(text, folder):
     return {"passed": passed, "failed": failed}
 
 
+def outcome(function, name, example):
+    """What `function`, in the place of the one with this name, gives for an example."""
+    import runs
+    try:
+        return runs.RUNS[name](function, example)
+    except BaseException as error:      # SystemExit as well
+        return {"raised": words(error)}
+
+
 def child(job, write, memory):
     """Judge one job and write one line of JSON for each example, or one that says why not."""
-    import runs
     os.dup2(write, 3)
     os.closerange(4, 4096)
-    confine(memory, job["quiet"], job.get("text") or job["test"])
+    confine(memory, job["quiet"], job.get("test") or job["text"])
     out = os.fdopen(3, "w")
 
     def say(what):
@@ -209,18 +216,23 @@ def child(job, write, memory):
     if "test" in job:
         say(run_test(job["test"], job["folder"]))
         return
+    file, name = job["function"].split(".")
+    module = importlib.import_module(file)
+    if "texts" in job:
+        for text in job["texts"]:
+            kept = dict(vars(module))
+            function = put(module, text, name, job["own"], job["allowed"])
+            say([outcome(function, job["function"], example) for example in job["questions"]])
+            vars(module).clear()
+            vars(module).update(kept)
+        return
     try:
-        file, name = job["function"].split(".")
-        function = put(importlib.import_module(file), job["text"], name, job["own"],
-                       job["allowed"])
+        function = put(module, job["text"], name, job["own"], job["allowed"])
     except BaseException as error:      # SystemExit as well: whatever it is, it is reported
         say({"broken": words(error)})
         return
     for example in job["examples"]:
-        try:
-            say(runs.RUNS[job["function"]](function, example))
-        except BaseException as error:
-            say({"raised": words(error)})
+        say(outcome(function, job["function"], example))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -312,7 +324,7 @@ class Bench:
     def __init__(self, base, root, functions, blank=(), quiet=True):
         files = {function.split(".")[0] for function in functions}
         # cards and the verifier need no torch: do not wait for it
-        modules = [name for name in ("verifier", "gp_env", "virl_env", "sft", "evaluate", "rl")
+        modules = [name for name in FILES
                    if name in files or files & {"sft", "evaluate", "rl"}]
         self.command = [str(base), str(root), json.dumps(sorted(blank)), json.dumps(modules)]
         self.quiet, self.server = quiet, None
@@ -345,6 +357,16 @@ class Bench:
         """
         return self.ask({"function": function, "text": text, "examples": examples,
                          "own": own_names(function), "allowed": problem_of(function).allowed})
+
+    def many(self, function, texts, examples):
+        """Outcomes of one function in many texts of OURS, in one process: a list of lists."""
+        job = {"function": function, "texts": texts, "questions": examples, "text": "",
+               "own": own_names(function), "allowed": problem_of(function).allowed,
+               "examples": [None] * len(texts)}
+        outcomes, trouble = self.ask(job)
+        if trouble:
+            raise RuntimeError(f"{function}: {trouble}")
+        return outcomes
 
     def test(self, text, folder):
         """Run a test file on the modules of a folder. Returns ([{"passed", "failed"}], trouble)."""

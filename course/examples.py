@@ -101,9 +101,9 @@ def make_compare(rng):
 
 
 GP_KINDS = ("right", "right, no right side", "wrong value", "right side lies", "right side wrong",
-            "one left out", "one twice", "one foreign", "one for another", "two formulas",
-            "no formula", "illegal", "too long", "cards misread", "numbers misread", "all wrong",
-            "loose", "illegal and foreign")
+            "one left out", "one twice", "one foreign", "all four and a foreign one",
+            "one for another", "two formulas", "no formula", "illegal", "too long",
+            "cards misread", "numbers misread", "all wrong", "loose", "illegal and foreign")
 
 
 def make_verify_gp(rng):
@@ -123,7 +123,9 @@ def gp_answer(rng, kind, picture):
             used.append(rng.choice(used))
         elif kind == "one foreign":
             foreign = rng.choice([n for n in range(1, 20) if n not in numbers])
-            used = rng.choice(([*used, foreign], [*used[1:], foreign]))
+            used = [*used[1:], foreign]
+        elif kind == "all four and a foreign one":
+            used.append(rng.choice([n for n in range(1, 20) if n not in numbers]))
         elif kind == "one for another":
             used[rng.randrange(4)] = rng.choice(numbers)
         text = formula(rng, used)

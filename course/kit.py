@@ -29,7 +29,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
 from bench import Bench, forget_arguments, hide  # noqa: E402
-from problems import BY_FILE, PROBLEMS, code_functions, problem_of, select  # noqa: E402
+from problems import FILES, PROBLEMS, code_functions, problem_of, select  # noqa: E402
 from runs import same  # noqa: E402
 
 BLANKS = HERE / "blank"             # in a hand-out: the files as they were handed out
@@ -116,26 +116,30 @@ def blanked(functions):
     return texts
 
 
-def public_outcomes(functions):
+def known_mistakes(bench, function, made, expected):
+    """What each known mistake gives for the examples, where it is not what is expected."""
+    import mutants
+    known = [mutant for mutant in mutants.MUTANTS if mutant.function == function]
+    text = source(function.split(".")[0])
+    given = bench.many(function, [mutants.apply(text, mutant) for mutant in known], made)
+    return [{"says": mutant.says, "hint": mutant.hint, "gives": {
+        i: outcome for i, outcome in enumerate(gives) if not same(outcome, expected[i])}}
+        for mutant, gives in zip(known, given)]
+
+
+def public_outcomes(functions, bench):
     """Examples of each function, what is expected, and what each known mistake gives instead."""
     import examples
-    import mutants
     found = {}
-    with Bench(ROOT, ROOT, functions) as bench:
-        for function in functions:
-            text = source(function.split(".")[0])
-            made = examples.make(function, "public")
-            outcomes, trouble = bench.outcomes(function, text, made)
-            if trouble:
-                raise Refused(f"{function}: the source itself fails: {trouble}")
-            wanted = examples.expected(function, made, outcomes)
-            mistakes = []
-            for mutant in (m for m in mutants.MUTANTS if m.function == function):
-                gives, _ = bench.outcomes(function, mutants.apply(text, mutant), made)
-                mistakes.append({"says": mutant.says, "hint": mutant.hint, "gives": {
-                    i: outcome for i, outcome in enumerate(gives)
-                    if not same(outcome, wanted[i])}})
-            found[function] = {"examples": made, "expected": wanted, "mistakes": mistakes}
+    for function in functions:
+        text = source(function.split(".")[0])
+        made = examples.make(function, "public")
+        outcomes, trouble = bench.outcomes(function, text, made)
+        if trouble:
+            raise Refused(f"{function}: the source itself fails: {trouble}")
+        wanted = examples.expected(function, made, outcomes)
+        mistakes = known_mistakes(bench, function, made, wanted)
+        found[function] = {"examples": made, "expected": wanted, "mistakes": mistakes}
     return found
 
 
@@ -146,16 +150,17 @@ def blank(out, only=()):
     texts = blanked([name for name in functions if problem_of(name).blank])
     folder = out / "course" / "blank"
     folder.mkdir(parents=True)
-    for file in ("verifier", "gp_env", "virl_env", "sft", "evaluate", "rl"):
+    for file in FILES:
         text = texts.get(file, source(file))
         (out / f"{file}.py").write_text(text, "utf-8")
         (folder / f"{file}.py").write_text(text, "utf-8")
     readme = out / "course" / "README.md"
     if readme.exists():
         readme.write_text(readme.read_text("utf-8").split(FOR_TEACHERS)[0], "utf-8")
+    with Bench(ROOT, ROOT, functions) as bench:
+        public = public_outcomes(functions, bench)
     (out / "course" / PUBLIC.name).write_text(json.dumps(
-        {"blank": [name for name in functions if problem_of(name).blank],
-         "functions": public_outcomes(functions)}), "utf-8")
+        {"blank": [name for name in functions if problem_of(name).blank], "functions": public}))
     points = sum(problem_of(name).functions[name] for name in functions)
     print(f"{out}: {len(functions)} functions, {points} points. Next, in that folder:\n"
           "    python course/kit.py check")
@@ -309,7 +314,6 @@ def grade(folder, seed, out, name=None):
     process that runs a student's line holds an expected outcome.
     """
     import examples
-    import mutants
     functions = code_functions()
     made = {function: examples.make(function, seed) for function in functions}
     tests = []
@@ -327,11 +331,7 @@ def grade(folder, seed, out, name=None):
             expected = examples.expected(function, made[function], reference)
             mistakes, points = [], points_of(function, outcomes, expected)
             if points < problem_of(function).functions[function] and outcomes:
-                for mutant in (m for m in mutants.MUTANTS if m.function == function):
-                    gives, _ = bench.outcomes(function, mutants.apply(text, mutant),
-                                              made[function])
-                    mistakes.append({"says": mutant.says, "hint": mutant.hint, "gives": {
-                        i: one for i, one in enumerate(gives) if not same(one, expected[i])}})
+                mistakes = known_mistakes(bench, function, made[function], expected)
             tests.append(result(function, points, hidden_words(outcomes, trouble, expected,
                                                                mistakes)))
         tests.append(grade_attack(bench, folder, name))

@@ -70,6 +70,8 @@ PROBLEMS = [
     Problem(20, "Experiments", 30, 120, "one change, one figure, one interval", {}),
 ]
 
+FILES = ("verifier", "gp_env", "virl_env", "sft", "evaluate", "rl")
+SHARED = {"_split_table"}       # private, used by one solution alone, and handed out all the same
 # Graded from files of their own, not by calling one function.
 BY_FILE = ("attack", "hunt.line", "hunt.test")
 

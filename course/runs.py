@@ -20,6 +20,8 @@ import sys
 import types
 from fractions import Fraction
 
+from problems import FILES
+
 TOLERANCE = 1e-4
 
 
@@ -65,7 +67,6 @@ def same(yours, expected):
 # 2. What examples are played with
 # ------------------------------------------------------------------------------------------------
 
-FILES = ("verifier", "gp_env", "virl_env", "sft", "evaluate", "rl")
 BLANK = set()       # functions that are empty in the modules at hand; bench.py fills it in
 
 
