@@ -38,7 +38,7 @@ import types
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from problems import FILES, own_names, problem_of  # noqa: E402
+from problems import FILES, code_functions, own_names, problem_of  # noqa: E402
 
 CPU_SECONDS, WALL_SECONDS = 8, 20
 EXTRA_MEMORY = 1 << 30          # bytes on top of what the server holds
@@ -129,13 +129,15 @@ def bring(text):
 
     Where Python lies in root's home, nobody may not read it. Nothing of the student's runs here.
     """
-    for name in re.findall(r"^\s*(?:import|from)\s+(\w+)", text, flags=re.MULTILINE):
+    lines = re.findall(r"^\s*(?:import|from)\s+(.+)", text, flags=re.MULTILINE)
+    for name in {part.split()[0].split(".")[0] for line in lines for part in line.split(",")
+                 if part.strip()}:
         if name in sys.stdlib_module_names - {"antigravity", "this"}:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
 
 
-def confine(memory, quiet, text):
+def confine(memory, cpu_seconds, quiet, text):
     """No input, no files, no processes, little time and memory; as root, become nobody."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -143,7 +145,7 @@ def confine(memory, quiet, text):
     if quiet:
         os.dup2(null, 2)
     os.setsid()
-    limits = {resource.RLIMIT_CPU: CPU_SECONDS, resource.RLIMIT_FSIZE: 0,
+    limits = {resource.RLIMIT_CPU: cpu_seconds, resource.RLIMIT_FSIZE: 0,
               resource.RLIMIT_CORE: 0, resource.RLIMIT_NPROC: 0}
     if memory:
         limits[resource.RLIMIT_AS] = memory
@@ -206,7 +208,7 @@ def child(job, write, memory):
     """Judge one job and write one line of JSON for each example, or one that says why not."""
     os.dup2(write, 3)
     os.closerange(4, 4096)
-    confine(memory, job["quiet"], job.get("test") or job["text"])
+    confine(memory, job["cpu seconds"], job["quiet"], job.get("test") or job["text"])
     out = os.fdopen(3, "w")
 
     def say(what):
@@ -327,7 +329,7 @@ class Bench:
         modules = [name for name in FILES
                    if name in files or files & {"sft", "evaluate", "rl"}]
         self.command = [str(base), str(root), json.dumps(sorted(blank)), json.dumps(modules)]
-        self.quiet, self.server = quiet, None
+        self.quiet, self.cpu_seconds, self.server = quiet, CPU_SECONDS, None
 
     def __enter__(self):
         return self
@@ -349,14 +351,18 @@ class Bench:
             self.server.communicate()
             self.server = None
 
-    def outcomes(self, function, text, examples):
+    def outcomes(self, function, text, examples, whole=False):
         """Outcomes of `function` as it stands in `text`, one for each example.
 
         Returns (outcomes, trouble): fewer outcomes than examples, and a sentence, if it did not
-        come to the end.
+        come to the end. whole: the solutions of other problems are taken from the text, too.
         """
+        own = own_names(function)
+        if whole:
+            own = [name for one in code_functions() if one.split(".")[0] == function.split(".")[0]
+                   for name in own_names(one)]
         return self.ask({"function": function, "text": text, "examples": examples,
-                         "own": own_names(function), "allowed": problem_of(function).allowed})
+                         "own": own, "allowed": problem_of(function).allowed})
 
     def many(self, function, texts, examples):
         """Outcomes of one function in many texts of OURS, in one process: a list of lists."""
@@ -376,7 +382,7 @@ class Bench:
         """Send one job, wait for its outcomes."""
         if self.server is None or self.server.poll() is not None:
             self.start()
-        job["quiet"] = self.quiet
+        job |= {"quiet": self.quiet, "cpu seconds": self.cpu_seconds}
         try:
             self.server.stdin.write(json.dumps(job) + "\n")
             self.server.stdin.flush()

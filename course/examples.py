@@ -333,7 +333,7 @@ def make_draw(rng):
     """600 draws each, at four temperatures; temperature 0 takes the likeliest token."""
     examples = []
     for temperature in (1.0, 0.6, 0.3, 2.0):
-        logits = drawn(rng, 8, 1.5)
+        logits = drawn(rng, 8, 2.5)
         examples.append({"logits": logits, "logprobs": softmax_logs(logits, temperature),
                          "temperature": temperature, "count": 600, "seed": rng.randrange(10 ** 6)})
     return examples

@@ -121,7 +121,10 @@ def known_mistakes(bench, function, made, expected):
     import mutants
     known = [mutant for mutant in mutants.MUTANTS if mutant.function == function]
     text = source(function.split(".")[0])
-    given = bench.many(function, [mutants.apply(text, mutant) for mutant in known], made)
+    texts = [mutants.apply(text, mutant) for mutant in known]
+    if problem_of(function).blank:      # the rest of the file is ours anyway
+        texts = [mutants.solution(changed, function) for changed in texts]
+    given = bench.many(function, texts, made)
     return [{"says": mutant.says, "hint": mutant.hint, "gives": {
         i: outcome for i, outcome in enumerate(gives) if not same(outcome, expected[i])}}
         for mutant, gives in zip(known, given)]
@@ -256,7 +259,7 @@ def explain(function, public, outcomes, trouble):
     mistake = name_mistake(outcomes, expected, public["mistakes"]) if outcomes else None
     if mistake:
         lines.append(f"This is what a function gives that {mistake['says']}. "
-                     f"Think of: {mistake['hint']}.")
+                     f"Think of this: {mistake['hint']}")
     return points, lines
 
 
@@ -421,7 +424,7 @@ def grade_attack(bench, folder, name):
     if not made:
         return result("attack", 0, "attack.json holds no answer that can be read")
     planted = mutants.apply(source("verifier"), chosen(name, mutants.ATTACKS))
-    (paid, _), (ours, _) = (bench.outcomes("verifier.verify_gp", text, made)
+    (paid, _), (ours, _) = (bench.outcomes("verifier.verify_gp", text, made, whole=True)
                             for text in (planted, source("verifier")))
     good = sum(a.get("correct") is True and b.get("correct") is False for a, b in zip(paid, ours))
     both = sum(b.get("correct") is True for b in ours)

@@ -10,7 +10,10 @@ stands exactly once in it. When a source line changes, tests/test_course.py says
 """
 
 import ast
+import functools
 from dataclasses import dataclass
+
+import problems
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,16 @@ class EditLost(Exception):
     """An edit does not fit the source any more."""
 
 
+@functools.lru_cache(maxsize=8)
+def parsed(text):
+    """The top-level statements of a file; the same few files are asked for again and again."""
+    return ast.parse(text).body
+
+
 def span(text, name):
     """(start, end) of a top-level function, class or constant in a file, as offsets."""
     lines = text.splitlines(keepends=True)
-    for node in ast.parse(text).body:
+    for node in parsed(text):
         names = [getattr(node, "name", None)]
         if isinstance(node, ast.Assign):
             names = [target.id for target in node.targets if isinstance(target, ast.Name)]
@@ -57,6 +66,12 @@ def apply(text, mutant):
     return text
 
 
+def solution(text, function):
+    """The parts of a file that are the solution of this function's problem."""
+    spans = [span(text, name) for name in problems.own_names(function)]
+    return "\n".join(text[start:end] for start, end in spans)
+
+
 def line_of(text, mutant):
     """The number of the first line that a mutant changes."""
     where, old, _ = mutant.edits[0]
@@ -74,6 +89,9 @@ def of(function, *entries):
 
 
 COUNT = "a hand is a multiset: 8 3 8 3 holds two eights"
+AS_BEFORE = "answers with one action are paid as before"
+SILENCE = ("verify_virl", "VIRL_REWARDS[kind], message",       # closes the hole of problem 4
+           "VIRL_REWARDS[kind] if named else -1.5, message")
 MUTANTS = [
     # --- 1
     *of("verifier.compare",
@@ -97,6 +115,11 @@ MUTANTS = [
              "Counter(set(used)), Counter(set(numbers))")]),
         ("allows numbers that are not in the hand", "every card exactly once, and nothing else", [
             ("compare", "sorted(n for n in use if n not in have)", "[]")]),
+        ("asks only whether each number is in the hand", "exactly once, every one of them", [
+            ("compare", "use[n] < have[n]", "False"), ("compare", "use[n] > have[n]", "False")]),
+        ("is content when one side is the target", "both sides", [
+            ("_judge_formula", "if value != target", "if target not in (value, right)"),
+            ("_judge_formula", "right is not None and right != target", "False")]),
         ("is content when the left side is the target", "what if the right side says otherwise?", [
             ("_judge_formula", "right is not None and right != target", "False")]),
         ("believes the right side of the equation", "who computed the number after the = ?", [
@@ -172,15 +195,20 @@ MUTANTS = [
          "a word that is in no list is no guess either", [
              ("VIRL_REWARDS", '"no action": -1.0', '"no action": -2.0')]),
         ("fines the empty answer alone", "there are other ways to say nothing",
-         "return WalkVerdict(kind, VIRL_REWARDS[kind]",
-         "return WalkVerdict(kind, VIRL_REWARDS[kind] - (not text)"),
-        ("pays for silence", "-0.5 is more than an honest guess may get", [
-            ("VIRL_REWARDS", '"no action": -1.0', '"no action": -0.5')]),
-        ("pays the right action only where the landmarks were read",
-         "answers with one action are paid as before", "if named == action:",
-         "if named == action and places == there:"),
-        ("makes misreading free", "answers with one action are paid as before",
-         'kind = "misread" if parts else "wrong action"', 'kind = "wrong action"')),
+         "VIRL_REWARDS[kind], message", "VIRL_REWARDS[kind] - (not text), message"),
+        ("lets silence cost as much as an error, -1", "an honest guess may cost more than that",
+         "VIRL_REWARDS[kind], message", "VIRL_REWARDS[kind] if named else -1.0, message"),
+        ("lets silence cost little, -0.5", "an honest guess may cost more than that",
+         "VIRL_REWARDS[kind], message", "VIRL_REWARDS[kind] if named else -0.5, message"),
+        ("pays the right action only where the landmarks were read", AS_BEFORE, [
+            SILENCE, ("verify_virl", "if named == action:",
+                      "if named == action and places == there:")]),
+        ("makes misreading free", AS_BEFORE, [
+            SILENCE, ("verify_virl", 'kind = "misread" if parts else "wrong action"',
+                      'kind = "wrong action"')]),
+        ("calls every wrong action misread", AS_BEFORE, [
+            SILENCE, ("verify_virl", 'kind = "misread" if parts else "wrong action"',
+                      'kind = "misread"')])),
     # --- 5
     *of("gp_env.split_of",
         ("splits by the order in which cards were dealt", "the same hand, dealt in another order",
@@ -203,6 +231,13 @@ MUTANTS = [
          'mask += [int(turn["role"] == "assistant")] * len(part)'),
         ("teaches prompts as well", "whose words are they?",
          'mask += [int(turn["learn"])] * len(part)', "mask += [1] * len(part)"),
+        ("teaches prompts as well, the very first token included", "whose words are they?", [
+            ("encode", 'mask += [int(turn["learn"])] * len(part)', "mask += [1] * len(part)"),
+            ("encode", "mask[0] = 0 ", "mask[0] = 1 ")]),
+        ("leaves the end token out", "answer_ids closes an answer",
+         'part = answer_ids(backbone, turn["content"])',
+         'part = answer_ids(backbone, turn["content"])[:-1]'),
+        ("loses the picture", "a blind policy", "pictures.append(picture)", "picture.clear()"),
         ("has the mask one token late", "mask[i] belongs to ids[i]",
          "mask[0] = 0 ", "mask = [0] + mask[:-1] "),
         ("has the mask one token early", "mask[i] belongs to ids[i]",
@@ -218,6 +253,10 @@ MUTANTS = [
     *of("sft.token_logprobs",
         ("scores a token by the state at its own position", "hidden[t] has READ token t",
          "hidden[:, :-1][wanted]", "hidden[:, 1:][wanted]"),
+        ("scores the token after each one that is asked for", "which state predicts token t?",
+         "wanted = mask[:, 1:].bool()", "wanted = mask[:, :-1].bool()"),
+        ("lets no gradient through", "log p is what learns", [
+            ("token_logprobs", "[wanted][:, None])[:, 0]", "[wanted][:, None])[:, 0].detach()")]),
         ("scores a token by the state two before it", "which state predicts token t?",
          "hidden[:, :-1][wanted]", "hidden.roll(1, 1)[:, :-1][wanted]"),
         ("forgets the temperature", "softmax(logits / temperature)",
@@ -243,7 +282,11 @@ MUTANTS = [
     *of("sft.sft_loss",
         ("takes the mean of the means of micro-batches", "sum / total, whatever the pieces", [
             ("sft_loss", "loss = -logprobs.sum() / total",
-             "loss = -logprobs.mean() * micro_batch / len(rows)")]),
+             "loss = -logprobs.mean() / -(-len(rows) // micro_batch)")]),
+        ("adds up the means of micro-batches", "sum / total, whatever the pieces",
+         "loss = -logprobs.sum() / total", "loss = -logprobs.mean()"),
+        ("has the sign of log p, not of a loss", "a loss is minimised",
+         "loss = -logprobs.sum() / total", "loss = logprobs.sum() / total"),
         ("divides by all tokens, prompts as well", "whose tokens are counted?",
          'total = sum(sum(row["mask"]) for row in rows)',
          'total = sum(len(row["ids"]) for row in rows)'),
@@ -270,6 +313,8 @@ MUTANTS = [
          "torch.multinomial(logits.softmax(-1), 1, generator=generator)"),
         ("forgets the temperature", "softmax(logits / temperature)", "logits / temperature",
          "logits"),
+        ("returns p for log p", "log p", "return token, logprobs.gather(1, token)",
+         "return token, logprobs.gather(1, token).exp()"),
         ("draws from the global generator", "results must be the same again", [
             ("draw", ", generator=generator", "")]),
         ("takes the likeliest token", "a policy that explores",
@@ -281,6 +326,8 @@ MUTANTS = [
          'len(row["ids"]) - 1', 'len(row["ids"])'),
         ("reads V one token too early", "the last token BEFORE the answer",
          'len(row["ids"]) - 1', 'len(row["ids"]) - 2'),
+        ("reads V at the end of the answer", "a baseline must not know the action",
+         'len(row["ids"]) - 1', 'len(row["ids"]) + len(turn.answer_ids) - 1'),
         ("learns prompts and messages", "which tokens did the policy choose?",
          "[0] * len(turn.prompt_ids)", "[1] * len(turn.prompt_ids)"),
         ("leaves the end token out of the mask", "the policy chose to end",
@@ -306,6 +353,8 @@ MUTANTS = [
          "ids, mask)"),
         ("lets the critic move the trunk unasked", "value_trunk=False",
          "state if value_trunk else state.detach()", "state"),
+        ("has value_trunk the wrong way round", "value_trunk=False: no gradient",
+         "state if value_trunk else state.detach()", "state.detach() if value_trunk else state"),
         ("never lets the critic move the trunk", "value_trunk=True",
          "state if value_trunk else state.detach()", "state.detach()")),
     # --- 12
@@ -342,13 +391,23 @@ MUTANTS = [
          " / (advantages.std(correction=0) + 1e-8)", ""),
         ("divides by zero when all advantages are the same", "1e-8", " + 1e-8", ""),
         ("divides by the variance", "standard deviation 1", "advantages.std(correction=0)",
-         "advantages.var(correction=0)")),
+         "advantages.var(correction=0)"),
+        ("changes its argument", "the advantages belong to the caller",
+         "(advantages - advantages.mean())", "advantages.sub_(advantages.mean())")),
     *of("rl.add_advantages",
         ("normalises returns, too", "returns are what the critic has to predict", [
             ("add_advantages", 'r["returns"] = returns', 'r["returns"] = normalised(returns)')]),
         ("normalises each row apart", "over all tries of the batch", [
             ("add_advantages", 'torch.stack([even[t] for t in r["tries"]])',
              "normalised(advantages)")]),
+        ("normalises each episode apart", "over all tries of the batch", [
+            ("add_advantages", "normalised(torch.stack([a for a, _ in result.values()]))",
+             "torch.cat([normalised(torch.stack([a for (i, _), (a, _) in result.items() if i == e]"
+             ")) for e in range(len(episodes))])")]),
+        ("gives advantages for returns", "R = A + V", [
+            ("add_advantages", 'r["returns"] = returns', 'r["returns"] = advantages')]),
+        ("divides by n - 1", "the standard deviation of all of the batch", [
+            ("normalised", "correction=0", "correction=1")]),
         ("does not normalise", "mean 0, standard deviation 1", [
             ("add_advantages", 'torch.stack([even[t] for t in r["tries"]])', "advantages")]),
         ("deals advantages out in the order of rows", "(episode, number of the try)", [
@@ -381,18 +440,19 @@ MUTANTS = [
     *of("rl.value_loss",
         ("takes min for max", "which of the two is the pessimist?", "torch.max(", "torch.min("),
         ("loses the half", "eq. 5", "0.5 * torch.max", "torch.max"),
-        ("clips around the return", "around V_old",
+        ("does not clip, or clips around the return", "around V_old",
          "old_values + (values - old_values)", "returns + (values - returns)"),
+        ("clips above only", "-clip and clip", ".clamp(-clip, clip)", ".clamp(max=clip)"),
         ("takes the mean", "summed over tries", "(clipped - returns) ** 2).sum()",
          "(clipped - returns) ** 2).mean()"),
-        ("does not clip", "eq. 5", "(values - old_values).clamp(-clip, clip)",
-         "(values - old_values)"),
         ("trusts the clipped error alone", "max of two",
          "torch.max((values - returns) ** 2, (clipped - returns) ** 2)",
          "((clipped - returns) ** 2)")),
     *of("rl.explained_variance",
         ("takes the mean square for the variance", "a constant error is no variance",
          "(x - x.mean()).square()", "x.square()"),
+        ("takes the mean square of the error for its variance", "a constant error is no variance",
+         "float(1 - left", "float(1 - (returns - values).square().mean()"),
         ("swaps values and returns", "Var(R)", "(returns - values, returns)",
          "(returns - values, values)"),
         ("forgets the 1 -", "1 for a perfect critic", "float(1 - left", "float(left")),
@@ -413,7 +473,7 @@ MUTANTS = [
         ("always takes 1.96", "z is an argument", "    p, spread =",
          "    z = 1.96\n    p, spread ="),
         ("takes 1.645, the 90 % interval", "95 %", "    p, spread =",
-         "    z = z if z != 1.96 else 1.645\n    p, spread ="),
+         "    z = 1.645\n    p, spread ="),
         ("gives Agresti and Coull's interval", "Wilson's is narrower near 0 and 1", [
             ("wilson", "half = z / (1 + spread) * math.sqrt(p * (1 - p) / count + spread / (4 * "
              "count))", "half = z * math.sqrt(middle * (1 - middle) / (count + z * z))")]),
@@ -444,6 +504,9 @@ MUTANTS = [
          'any(e.env.split != "train" for e in episodes)'),
         ("complains of held-out hands where nothing is held out", "--split all",
          'if split == "train" and not', "if not"),
+        ("never complains", "plant a bug and look", "return found", "return []"),
+        ("always complains", "a clean batch is none of its business", "return found",
+         "return found + ['something']"),
         ("lets a log p through that is not a number", "NaN is not above any limit",
          "if not gap < limit:", "if gap >= limit:")),
 ]
@@ -453,7 +516,7 @@ ATTACKS = [mutant for mutant in MUTANTS if mutant.says in (
     "does not ask for every card", "takes a set for a multiset",
     "allows numbers that are not in the hand", "believes the right side of the equation",
     "judges the last of several formulas", "reads a-b-c as a-(b-c)", "reads a/b/c as a/(b/c)",
-    "calls a division by zero 0", "forgets that * goes before +", "takes a leading minus",
+    "forgets that * goes before +", "takes a leading minus",
     "takes digits of other scripts", "does not mind what follows the formula")
     and mutant.function in ("verifier.verify_gp", "verifier.parse_formula")]
 

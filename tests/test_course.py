@@ -7,8 +7,8 @@ says which. tests/course_solutions.py holds solutions that were written apart fr
 """
 
 import ast
+import contextlib
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -96,11 +96,11 @@ def test_helpers_are_listed():
 def private_parts(text, own):
     """Private functions and classes of a file that only `own`, or one another, use."""
     uses = {}
-    for node in ast.parse(text).body:
+    for node in mutants.parsed(text):
         for name in bench.bound(node) or {node.lineno}:
             uses[name] = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
             uses[name] |= {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
-    private = {node.name for node in ast.parse(text).body
+    private = {node.name for node in mutants.parsed(text)
                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] == "_"}
     while True:
         outside = set().union(*(used for name, used in uses.items()
@@ -125,12 +125,13 @@ def test_source_passes_empty_fails_mutants_are_named(function, public, our_bench
     solution = course_solutions.CLOSED if function == "verifier.verify_virl" else text
     empty = kit.blanked([function])[function.split(".")[0]]
     mistakes = [m for m in mutants.MUTANTS if m.function == function]
-    texts = [solution, empty, *(mutants.apply(text, mutant) for mutant in mistakes)]
-    right, nothing, *wrong = our_bench.many(function, texts, made["examples"])
+    right, nothing = our_bench.many(function, [solution, empty], made["examples"])
     full = problems.problem_of(function).functions[function]
     assert kit.points_of(function, right, made["expected"]) == full
     assert kit.points_of(function, nothing, made["expected"]) == 0
-    for mutant, outcomes in zip(mistakes, wrong):
+    for mutant, mistake in zip(mistakes, made["mistakes"]):
+        changed = {int(i): outcome for i, outcome in mistake["gives"].items()}
+        outcomes = [changed.get(i, outcome) for i, outcome in enumerate(right)]
         assert kit.points_of(function, outcomes, made["expected"]) < full, mutant.says
         found = kit.name_mistake(outcomes, made["expected"], made["mistakes"])
         assert found and found["says"] == mutant.says, f"{mutant.says} is taken for {found}"
@@ -191,47 +192,48 @@ def test_no_line_of_a_solution_is_left(hand_out):
             last = node.body[-1]
             assert len(node.body) <= 2 and isinstance(last, ast.Raise)
             assert ast.unparse(last).startswith(f"raise NotImplementedError('{name}: ")
-    for problem in problems.PROBLEMS:
-        names = problem.functions if problem.blank else ()
-        for function in (*problem.helpers, *names):
-            if function not in problems.BY_FILE:
-                file, name = function.split(".")
-                for line in solution_lines(kit.source(file), name):
-                    elsewhere = standing_lines(problems.FILES)
-                    for path, text in files.items():
-                        lines = [one.strip() for one in text.splitlines()]
-                        assert line in elsewhere or line not in lines, (path, line)
+    standing = standing_lines()
+    lines = {path: {line.strip() for line in text.splitlines()} - standing
+             for path, text in files.items()}
+    for function in solution_names():
+        for line in solution_lines(*function.split(".")):
+            assert not [path for path in files if line in lines[path]], line
 
 
-def body(text, name):
+def solution_names():
+    """All that goes from a hand-out: functions and helpers, as "rl.gae"."""
+    return [name for problem in problems.PROBLEMS if problem.blank
+            for name in (*problem.helpers, *problem.functions) if name not in problems.BY_FILE]
+
+
+def body(file, name):
     """(first, last) line of the body of a function below its docstring, or of a whole class."""
-    node, = [one for one in ast.parse(text).body if getattr(one, "name", None) == name]
+    node, = [one for one in mutants.parsed(kit.source(file))
+             if getattr(one, "name", None) == name]
     if isinstance(node, ast.ClassDef):
         return node.lineno, node.end_lineno
     start = node.body[1] if ast.get_docstring(node) else node.body[0]
     return start.lineno, node.end_lineno
 
 
-def solution_lines(text, name):
+def solution_lines(file, name):
     """The lines of a solution that say something."""
-    first, last = body(text, name)
-    lines = {line.split("  #")[0].strip() for line in text.splitlines()[first - 1:last]}
+    first, last = body(file, name)
+    lines = {line.strip() for line in kit.source(file).splitlines()[first - 1:last]}
     return {line for line in lines if len(line) >= 16}
 
 
-def standing_lines(files, known={}):
+def standing_lines():
     """Lines of the repository outside of all solutions: those may be found in a hand-out."""
-    if not known:
-        for file in files:
-            text = kit.source(file)
-            lines = [line.strip() for line in text.splitlines()]
-            for problem in problems.PROBLEMS:
-                for function in (*problem.helpers, *(problem.functions if problem.blank else ())):
-                    if function.startswith(file + "."):
-                        first, last = body(text, function.split(".")[1])
-                        lines[first - 1:last] = [""] * (last - first + 1)
-            known.update(dict.fromkeys(lines))
-    return known
+    found = set()
+    for file in problems.FILES:
+        lines = [line.strip() for line in kit.source(file).splitlines()]
+        for name in solution_names():
+            if name.startswith(file + "."):
+                first, last = body(*name.split("."))
+                lines[first - 1:last] = [""] * (last - first + 1)
+        found.update(lines)
+    return found
 
 
 def test_hand_out_holds_what_it_should(hand_out):
@@ -252,9 +254,9 @@ def run(folder, *arguments):
 
 def test_check_in_a_hand_out(hand_out):
     """Catches a check that needs the solution, counts wrongly, or does not name a mistake."""
-    code, said = run(hand_out, "check")
-    assert code == 1 and said.count("not written yet") == len(FUNCTIONS) - 1
-    assert f"0 of {sum(problems.problem_of(f).functions[f] for f in FUNCTIONS)} points" in said
+    code, said = run(hand_out, "check", "1", "parse_formula", "Silence pays")
+    assert code == 1 and said.count("not written yet") == 3 and "0 of 13 points" in said
+    assert "leaves the hole as it was" in said
     blank = (hand_out / "rl.py").read_text("utf-8")
     mistakes = [m for m in mutants.MUTANTS if m.says in ("takes max for min", "loses lambda")]
     text = kit.source("rl")
@@ -264,9 +266,9 @@ def test_check_in_a_hand_out(hand_out):
     (hand_out / "rl.py").write_text("import nothing_of_that_name\n" + text, "utf-8")
     code, said = run(hand_out, "check", "10", "gae", "rl.score", "13", "14", "15", "17")
     assert "right on 12 examples" in said and "4 of 4 points; right" in said
-    assert "This is what a function gives that loses lambda. Think of: eq. 2." in said
+    assert "This is what a function gives that loses lambda. Think of this: eq. 2" in said
     assert "This is what a function gives that takes max for min." in said
-    assert "    expected   " in said and "23 of 31 points" in said, said
+    assert "    expected   " in said and "25 of 33 points" in said, said
     (hand_out / "rl.py").write_text(blank, "utf-8")
     code, said = run(hand_out, "blank", hand_out.parent / "again")
     assert code == 2 and len(said.strip().splitlines()) == 1
@@ -299,7 +301,7 @@ HOSTILE = {
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_code_costs_one_problem(what, our_bench, public, monkeypatch):
     """Catches a student's function that stops, fools or outlives the grader."""
-    monkeypatch.setattr(bench, "CPU_SECONDS", 1)
+    monkeypatch.setattr(our_bench, "cpu_seconds", 1)
     made = public["rl.gae"]
     outcomes, trouble = our_bench.outcomes("rl.gae", GAE + HOSTILE[what], made["examples"])
     assert kit.points_of("rl.gae", outcomes, made["expected"]) == 0
@@ -344,8 +346,10 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
 '''
 
 
-def test_grade_end_to_end(hand_out, tmp_path):
-    """Catches a seed that can be read, results that a student writes, a grader that is slow."""
+def test_grade_end_to_end(our_bench, tmp_path, monkeypatch):
+    """Catches points that go to the wrong problem, and hidden examples that are told."""
+    monkeypatch.setattr(kit, "Bench", lambda *_: contextlib.nullcontext(our_bench))
+    monkeypatch.setattr(our_bench, "stop", lambda: None)
     for file in problems.FILES:
         (tmp_path / f"{file}.py").write_text(kit.source(file), "utf-8")
     (tmp_path / "rl.py").write_text(kit.source("rl").replace("def gae(", "def old_gae(") + SPY)
@@ -358,19 +362,19 @@ def test_grade_end_to_end(hand_out, tmp_path):
         f"import {file}\nimport inspect\n\n\ndef test_line():\n    lines = inspect.getsource({file})"
         f"\n    assert {mutant.edits[0][1]!r} in lines\n    assert lines.count("
         f"{mutant.edits[0][2]!r}) == {kit.source(file).count(mutant.edits[0][2])}\n")
-    (tmp_path / "attack.json").write_text(json.dumps({"answers": course_solutions.ATTACKS}))
-    began = os.times()
-    code, said = run(kit.ROOT, "grade", tmp_path, "--seed", "s3cr3t-of-the-course", "--name", name,
-                     "--out", tmp_path / "results.json")
-    ended = os.times()
-    assert code == 0, said
-    assert sum(ended[2:4]) - sum(began[2:4]) < 30
+    planted = mutants.apply(kit.source("verifier"), kit.chosen(name, mutants.ATTACKS))
+    answers = course_solutions.ATTACKS
+    paid, _ = our_bench.outcomes("verifier.verify_gp", planted,
+                                 [kit.attack_example(answer) for answer in answers], whole=True)
+    good = [answer for answer, outcome in zip(answers, paid) if outcome["correct"]]
+    (tmp_path / "attack.json").write_text(json.dumps({"answers": good + [good[0], "junk"]}))
+    kit.grade(tmp_path, "s3cr3t-of-the-course", tmp_path / "results.json", name)
     tests = {one["name"].split(": ")[1]: one for one in
              json.loads((tmp_path / "results.json").read_text())["tests"]}
     lost = {function for function, one in tests.items() if one["score"] < one["max_score"]}
     assert lost - {"attack"} == {"rl.gae", "verifier.verify_virl"}, tests
     assert "0 of 40" in tests["rl.gae"]["output"]
-    assert tests["attack"]["score"] >= 2
+    assert tests["attack"]["score"] == 2 * len(good)
     assert "s3cr3t" not in (tmp_path / "results.json").read_text()
 
 
@@ -417,7 +421,7 @@ def test_attacks_can_be_found(our_bench):
     assert not any(outcome["correct"] for outcome in ours)
     for mutant in mutants.ATTACKS:
         text = mutants.apply(kit.source("verifier"), mutant)
-        paid, trouble = our_bench.outcomes("verifier.verify_gp", text, made)
+        paid, trouble = our_bench.outcomes("verifier.verify_gp", text, made, whole=True)
         assert not trouble and any(outcome["correct"] for outcome in paid), mutant.says
 
 
