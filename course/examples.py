@@ -203,7 +203,8 @@ COMPASS = ["north", "northeast", "east", "southeast", "south", "southwest", "wes
 RELATIVE = ["left", "right", "slightly left", "slightly right"]
 PLACES = ("Mill Bank", "Joe's Cafe", "Old Crossing Inn", "Park Hotel")
 SILENT = ("", "no idea", "{}", "action:", "forward()", "action: dance()",
-          "action: turn_direction(up)", "action: forward() stop()", "action: forward(), action: stop()",
+          "action: turn_direction(up)", "action: forward() stop()",
+          "action: forward(), action: stop()",
           "action: forward()\naction: forward()", "ACT: <right>", "actions are <right>",
           "current observation: <seen>", "action: <right>" + " " * 2000, "action: <right> or so",
           "action: turn_direction()", "action: <illegal>")

@@ -365,8 +365,8 @@ def result(function, points, output):
 def write_results(out, tests):
     """Write results.json at once, or not at all."""
     by_hand = sum(problem.points for problem in PROBLEMS) - sum(one["max_score"] for one in tests)
-    said = (f"{by_hand} more points are given by hand: words of problems 4 and 17, the number of the "
-            "hunt, problems 19 and 20")
+    said = (f"{by_hand} more points are given by hand: words of problems 4 and 17, the number of "
+            "the hunt, problems 19 and 20")
     new = out.with_name(out.name + ".new")
     new.write_text(json.dumps({"output": said, "tests": tests}, indent=1), "utf-8")
     os.replace(new, out)

@@ -1,7 +1,7 @@
 """Solutions of students, written from the docstrings alone, before the checks were tried on them.
 
 RIGHT[function]: texts of right ones, at least four: other ways, other types, other words.
-WRONG[function]: texts of wrong ones, at least six. CLOSED: problem 4. ATTACKS: answers of problem 3.
+WRONG[function]: texts of wrong ones, at least six. CLOSED: problem 4. ATTACKS: problem 3.
 Each text is what would stand in the file of that function, with its own helpers and imports.
 """
 
@@ -63,7 +63,8 @@ def compare(used, numbers):
     (1, "left)\n", "[])\n"),
     (2, "Bag(used) - Bag(numbers), Bag(numbers) - Bag(used)",
      "Bag(set(used)) - Bag(set(numbers)), Bag(set(numbers)) - Bag(set(used))"),
-    (2, "{n for n in more if n in numbers}, set(less)", "set(less), {n for n in more if n in numbers}"),
+    (2, "{n for n in more if n in numbers}, set(less)",
+     "set(less), {n for n in more if n in numbers}"),
     "def compare(used, numbers):\n    return [], [], []\n",
     (3, "(h > 0) & (u > h)", "(h > 0) & (u > 1)")])
 
@@ -210,7 +211,8 @@ def parse_formula(text):
     text = text.translate(_SAME_SIGN)
     if len(text) > MAX_FORMULA:
         raise IllegalFormula("?", "length")
-    if not re.fullmatch("[0-9+*/()=\\\\s-]*", text) or re.search("[0-9]{5}|\\\\b0[0-9]|[*]\\\\s*[*]|//", text):
+    bad = "[0-9]{5}|\\\\b0[0-9]|[*]\\\\s*[*]|//"
+    if not re.fullmatch("[0-9+*/()=\\\\s-]*", text) or re.search(bad, text):
         raise IllegalFormula("?", "character")
     depth = deepest = 0
     for c in text:
@@ -312,7 +314,8 @@ def split_of(cards):
     (0, "_split_table()[", "_split_table().get("),
     (1, "(10, 10, 10)", "(9, 9, 9)"),
     (2, "sorted(card_numbers(list(cards), RULES[\"ten\"]))", "card_numbers(cards, RULES['ten'])")])
-WRONG["gp_env.split_of"][3] = WRONG["gp_env.split_of"][3].replace("cards))]", "set(cards))), 'val')")
+WRONG["gp_env.split_of"][3] = WRONG["gp_env.split_of"][3].replace(
+    "cards))]", "set(cards))), 'val')")
 
 # ------------------------------------------------------------------------------------------------
 # 2. Tokens and log-probabilities
@@ -421,7 +424,8 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
         fed += sum(len(r["ids"]) for r in part)
     return loss, fed
 '''
-solutions("sft.sft_loss", [MEAN, MEAN.replace("loss += float(share)", "loss = loss + share.detach()"),
+solutions("sft.sft_loss", [MEAN, MEAN.replace("loss += float(share)",
+                                              "loss = loss + share.detach()"),
                            MEAN.replace("part = rows", "part = rows[::-1]"), MEAN.replace(
     "for at in range(0, len(rows), micro_batch):\n        part = rows[at:at + micro_batch]",
     "for row in rows:\n        part = [row]")], [
@@ -505,8 +509,8 @@ def conversations(episodes):
                 value_at.append(len(ids) - 1)
                 ids.extend(turn.answer_ids)
                 mask.extend([0] * len(turn.prompt_ids) + [1] * len(turn.answer_ids))
-            rows.append({"ids": ids, "mask": mask, "value_at": value_at, "picture": turns[0].picture,
-                         "tries": [(e, k) for k in range(start, end)]})
+            rows.append({"ids": ids, "mask": mask, "value_at": value_at,
+                         "picture": turns[0].picture, "tries": [(e, k) for k in range(start, end)]})
     return rows
 '''], [
     (0, "if turn.new_conversation:", "if k == 0:"), (0, "if turn.new_conversation:", "if True:"),
@@ -536,7 +540,7 @@ solutions("rl.score", [SCORE, SCORE.replace("head(states)", "torch.cat([head(s[N
                                      "states = torch.cat([hidden[i][r['value_at']] for i, r in "
                                      "enumerate(rows)])"),
                        SCORE.replace("if not value_trunk:\n        states = states.detach()",
-                                     "states = states if value_trunk else states.clone().detach()")],
+                                     "states = states if value_trunk else 1 * states.detach()")],
           [(0, "hidden[i, t] for", "hidden[i, t + 1] for"),
            (0, "hidden[i, t] for", "hidden[i, t - 1] for"),
            (0, "hidden[i, t] for", "hidden[i, len(r['ids']) - 1] for"),
@@ -594,8 +598,10 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
                                                         "values += out\n    return out, values"),
     (1, "gamma * lam * last", "lam * last")])
 
-EVEN = "def normalised(advantages):\n    return (advantages - advantages.mean()) / (advantages.std(" \
-       "unbiased=False) + 1e-8)\n"
+EVEN = '''
+def normalised(advantages):
+    return (advantages - advantages.mean()) / (advantages.std(unbiased=False) + 1e-8)
+'''
 solutions("rl.normalised", [EVEN, '''
 def normalised(advantages):
     centred = advantages - sum(advantages) / len(advantages)
@@ -765,7 +771,7 @@ def per_answer(token_values, counts):
     sums = token_values.cumsum(0)[ends - 1]
     return torch.diff(sums, prepend=torch.zeros(1))
 ''', "import numpy as np\ndef per_answer(token_values, counts):\n    starts = np.concatenate([[0], "
-     "np.cumsum(counts.numpy())[:-1]])\n    return np.add.reduceat(token_values.numpy(), starts)\n"],
+     "np.cumsum(counts.numpy())[:-1]])\n    return np.add.reduceat(token_values, starts)\n"],
     [(0, "part.sum()", "part.mean()"), (0, "part.sum()", "part[-1]"),
      (0, "token_values.split(counts.tolist())", "token_values.chunk(len(counts))"),
      (1, "at:at + int(n)]", "at + 1:at + int(n)]"), (2, "[ends - 1]", "[ends - counts]"),
@@ -782,7 +788,8 @@ def wilson(hits, count, z=1.96):
     half = z * sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     return max(0.0, (middle - half) / bottom), min(1.0, (middle + half) / bottom)
 '''
-solutions("evaluate.wilson", [WILSON, WILSON.replace("from math import sqrt", "from numpy import sqrt"), '''
+NUMPY = ("from math import sqrt", "from numpy import sqrt")
+solutions("evaluate.wilson", [WILSON, WILSON.replace(*NUMPY), '''
 def wilson(hits, count, z=1.96):
     if count == 0:
         return [0, 1]
@@ -829,7 +836,7 @@ def gain(hits, count, hits_before, count_before, z=1.96):
     return (new - old, new - old - sqrt((new - a) ** 2 + (d - old) ** 2),
             new - old + sqrt((b - new) ** 2 + (old - c) ** 2))
 '''
-solutions("evaluate.gain", [GAIN, GAIN.replace("from math import sqrt", "from numpy import sqrt"),
+solutions("evaluate.gain", [GAIN, GAIN.replace(*NUMPY),
                             GAIN.replace("return (new - old, ", "return [new - old, ").replace(
     "(old - c) ** 2))", "(old - c) ** 2)]"), GAIN.replace("sqrt((new - a) ** 2 + (d - old) ** 2)",
                                                          "math.dist((new, d), (a, old))")], [
@@ -878,11 +885,13 @@ def complaints(rows, episodes, backbone, split, temperature):
         return ["another number of tokens"]
     gap = (said - ours).abs()
     exact = backbone.model.dtype == torch.float32
-    wrong = ["log p"] if not (gap.max() if exact else gap.mean()) < (2e-4 if exact else 0.08) else []
+    wrong = []
+    if not (gap.max() if exact else gap.mean()) < (2e-4 if exact else 0.08):
+        wrong = ["log p"]
     seen = [gp_env.split_of(e.env.hand.cards) for e in episodes]
     return wrong + (["leak"] if split == "train" and set(seen) != {"train"} else [])
 ''', WATCH.replace("return found", "return tuple(found)")], [
-    (2, 'wrong = ["log p"] if', 'wrong = [] if'),
+    (2, 'wrong = ["log p"]', 'wrong = []'),
     (2, "(gap.max() if exact else gap.mean()) < (2e-4 if exact else 0.08)", "gap.mean() < 0.08"),
     (2, "exact = backbone.model.dtype == torch.float32", "exact = True"),
     (2, "gp_env.split_of(e.env.hand.cards) for", "e.env.split for"),

@@ -1,4 +1,4 @@
-"""Tests of the course kit: the source passes, an empty body fails, every mistake is found and named.
+"""Tests of the course kit: the source passes, an empty body fails, each mistake is found and named.
 
     python -m pytest tests/test_course.py
 
@@ -289,7 +289,7 @@ HOSTILE = {
     "a wrong import": "    import nothing_of_that_name",
     "a wrong type": "    return None",
     "a process": "    import os\n    while True: os.fork()",
-    "a file": "    open('/tmp/a_file_of_a_student', 'w').write('x' * 10)\n    return values, values",
+    "a file": "    open('/tmp/a_file_of_a_student', 'w').write('x' * 10)",
     "outcomes without end": "    import os\n    while True: os.write(3, b'x' * 65536)",
     "words that are no JSON": "    import os; os.write(3, b'[[[[' * 9999 + b'\\n'); os._exit(0)",
     "its parent's end": "    import os; os.kill(os.getppid(), 9)",
@@ -305,7 +305,7 @@ def test_hostile_code_costs_one_problem(what, our_bench, public, monkeypatch):
     made = public["rl.gae"]
     outcomes, trouble = our_bench.outcomes("rl.gae", GAE + HOSTILE[what], made["examples"])
     assert kit.points_of("rl.gae", outcomes, made["expected"]) == 0
-    assert trouble or all("raised" in str(outcome) for outcome in outcomes) or what == "a file"
+    assert trouble or all("raised" in str(outcome) for outcome in outcomes)
     assert not pathlib.Path("/tmp/a_file_of_a_student").exists() or \
         not pathlib.Path("/tmp/a_file_of_a_student").read_text()
     made = public["rl.per_answer"]
@@ -359,8 +359,8 @@ def test_grade_end_to_end(our_bench, tmp_path, monkeypatch):
     line = mutants.line_of(kit.source(file), mutant)
     (tmp_path / "hunt.json").write_text(json.dumps({"file": f"{file}.py", "line": line}))
     (tmp_path / "test_hunt.py").write_text(
-        f"import {file}\nimport inspect\n\n\ndef test_line():\n    lines = inspect.getsource({file})"
-        f"\n    assert {mutant.edits[0][1]!r} in lines\n    assert lines.count("
+        f"import {file}\nimport inspect\n\n\ndef test_line():\n"
+        f"    lines = inspect.getsource({file})\n    assert {mutant.edits[0][1]!r} in lines\n    assert lines.count("
         f"{mutant.edits[0][2]!r}) == {kit.source(file).count(mutant.edits[0][2])}\n")
     planted = mutants.apply(kit.source("verifier"), kit.chosen(name, mutants.ATTACKS))
     answers = course_solutions.ATTACKS
@@ -397,8 +397,8 @@ def test_a_spy_sees_no_seed(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", "Ada", "Ödön 🂡", "../../etc/passwd", "/", "\udc80", "a\nb",
-                                  "x" * 10_000, "; rm -rf ~", "%s{}"])
+@pytest.mark.parametrize("name", ["", "Ada", "Ödön 🂡", "../../etc/passwd", "/", "\udc80",
+                                  "a\nb", "x" * 10_000, "; rm -rf ~", "%s{}"])
 def test_odd_names_give_a_bug_and_a_key(name, tmp_path, capsys, monkeypatch):
     """Catches a name that is used as anything but a number."""
     monkeypatch.setattr(kit, "tracked_files", lambda: [
