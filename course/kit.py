@@ -10,7 +10,7 @@ compared as plain numbers.
     python course/kit.py attack NAME OUT                  instructor: the verifier of problem 3
     python course/kit.py hunt NAME OUT                    instructor: the repository of problem 18
 
-check takes about 12 s for everything, 1 s for the verifier alone; grade about 20 s of CPU.
+check takes about 5 s for everything, 1 s for the verifier alone; grade about 10 s of CPU.
 """
 
 import argparse

@@ -350,6 +350,8 @@ def test_grade_end_to_end(our_bench, tmp_path, monkeypatch):
     """Catches points that go to the wrong problem, and hidden examples that are told."""
     monkeypatch.setattr(kit, "Bench", lambda *_: contextlib.nullcontext(our_bench))
     monkeypatch.setattr(our_bench, "stop", lambda: None)
+    monkeypatch.setattr(kit, "code_functions", lambda: [
+        "verifier.compare", "verifier.verify_virl", "rl.gae", "rl.policy_loss", "evaluate.gain"])
     for file in problems.FILES:
         (tmp_path / f"{file}.py").write_text(kit.source(file), "utf-8")
     (tmp_path / "rl.py").write_text(kit.source("rl").replace("def gae(", "def old_gae(") + SPY)
@@ -360,7 +362,8 @@ def test_grade_end_to_end(our_bench, tmp_path, monkeypatch):
     (tmp_path / "hunt.json").write_text(json.dumps({"file": f"{file}.py", "line": line}))
     (tmp_path / "test_hunt.py").write_text(
         f"import {file}\nimport inspect\n\n\ndef test_line():\n"
-        f"    lines = inspect.getsource({file})\n    assert {mutant.edits[0][1]!r} in lines\n    assert lines.count("
+        f"    lines = inspect.getsource({file})\n    assert {mutant.edits[0][1]!r} in lines\n"
+        "    assert lines.count("
         f"{mutant.edits[0][2]!r}) == {kit.source(file).count(mutant.edits[0][2])}\n")
     planted = mutants.apply(kit.source("verifier"), kit.chosen(name, mutants.ATTACKS))
     answers = course_solutions.ATTACKS
