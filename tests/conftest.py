@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 @pytest.fixture
 def tiny():
     """A Backbone of random weights, fresh for each test: 4 layers of width 32."""
-    import gp_env
-    return tiny_backbone(gp_env)
+    from backbones import gp_corpus
+    return tiny_backbone(gp_corpus)
 
 
-def tiny_backbone(environment):
-    """The model of `tiny`, with the tokenizer of an environment.
+def tiny_backbone(corpus):
+    """The model of `tiny`, with the tokenizer of a corpus (backbones/gp_corpus.py, say).
 
     A new model is nearly uniform and hardly attends to anything, which would hide a wrong position
     or a label one token off. So its matrices are made 8 times larger: every token matters.
@@ -26,9 +26,10 @@ def tiny_backbone(environment):
     import torch
 
     import sft
+    from backbones.build import build_model, build_tokenizer
     torch.set_num_threads(1)            # two threads are slower than one at this size
-    tokenizer = sft.build_tokenizer(environment.phrases())
-    model = sft.build_model(tokenizer, 0, width=32, layers=4, crossing=(1,), heads=2, inner=64)
+    tokenizer = build_tokenizer(corpus.phrases())
+    model = build_model(tokenizer, 0, width=32, layers=4, crossing=(1,), heads=2, inner=64)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -39,6 +40,20 @@ def tiny_backbone(environment):
 @pytest.fixture
 def seeing(tiny):
     """`tiny` with a picture processor: eyes of random weights that matter to every token."""
+    return with_eyes(tiny)
+
+
+def with_eyes(backbone):
+    """The same model, shown pictures."""
     import sft
-    processor = sft.build_processor(tiny.model, tiny.tokenizer)
-    return sft.wrap_backbone(tiny.model, tiny.tokenizer, processor=processor)
+    from backbones.build import build_processor
+    return sft.wrap_backbone(backbone.model, backbone.tokenizer, processor=build_processor(
+        backbone.model, backbone.tokenizer))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a saved `tiny`. Tests only read it."""
+    import sft
+    from backbones import gp_corpus
+    return sft.save_checkpoint(tmp_path_factory.mktemp("saved") / "model", tiny_backbone(gp_corpus))

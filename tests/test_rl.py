@@ -11,16 +11,10 @@ mutant pass is no check.
 
 import argparse
 import copy
-import functools
 import json
 import math
-import pathlib
+import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from unittest import mock
 
 import pytest
 import torch
@@ -32,24 +26,17 @@ import sft
 from evaluate import Episode, Turn
 from test_evaluate import Rigged, said
 from test_sft import (Killed, assert_one_line, check_loss_mean, check_mask, check_shift, command,
-                      files_of, gradients, kill_at, relative_gap, rows_of, same)
+                      files_of, gradients, kill_at, kill_when, relative_gap, rows_of, same,
+                      shown)
 
 # ------------------------------------------------------------------------------------------------
 # Helpers
 # ------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def default_flags():
-    """The flags of rl.py as its own parser fills them in."""
-    with mock.patch("rl.run") as run, mock.patch("sys.argv", ["rl.py"]):
-        rl.main()
-    return vars(run.call_args.args[0])
-
-
 def settings(**changes):
     """The flags of a small run: one epoch, one minibatch, no warm-up, unless said otherwise."""
-    return argparse.Namespace(**default_flags() | {
+    return argparse.Namespace(**vars(rl.flags([])) | {
         "episodes": 6, "max_new_tokens": 6, "epochs": 1, "minibatch": 64, "warmup": 0, "lr": 1e-3,
         "value_lr": 1e-3, "clip": 0.2, "value_clip": 1.0, "temperature": 0.6} | changes)
 
@@ -87,9 +74,10 @@ def move_policy(backbone, size=0.05):
             parameter.add_(size * parameter.abs().mean() * noise)
 
 
-def turn(prompt_ids, answer_ids, reward=0.0, new=False):
+def turn(prompt_ids, answer_ids, reward=0.0, new=False, picture=None):
     """One try, for tests that look at its tokens and reward alone."""
-    return Turn(prompt_ids, answer_ids, [0.0] * len(answer_ids), "", reward, "", None, new)
+    return Turn(prompt_ids, answer_ids, [0.0] * len(answer_ids), "", reward, "", None, new, picture,
+                True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -98,18 +86,35 @@ def turn(prompt_ids, answer_ids, reward=0.0, new=False):
 
 
 def check_conversations(conversations):
-    """The example in the docstring of `conversations`, then two episodes of two conversations."""
+    """The example in the docstring of `conversations`, then two episodes of two conversations.
+
+    A list, a tuple and a tensor are one and the same here: plain() makes lists of them.
+    """
     p, a, end, m = 1, 2, 3, 4
+    shown = {"pixels": torch.ones(2)}
     episode = Episode(None, "", [turn([p, p, p], [a, a, end], new=True), turn([m, m], [a, end])])
+    forgetful = Episode(None, "", [turn([p], [a, end], new=True),
+                                   turn([p, p], [end], new=True, picture=shown)])
+    before = copy.deepcopy([episode, forgetful])
     row, = conversations([episode])
-    assert row["ids"] == [p, p, p, a, a, end, m, m, a, end]
-    assert row["mask"] == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
-    assert row["value_at"] == [2, 7]
-    assert row["tries"] == [(0, 0), (0, 1)]
-    forgetful = Episode(None, "", [turn([p], [a, end], new=True), turn([p, p], [end], new=True)])
+    assert plain(row["ids"]) == [p, p, p, a, a, end, m, m, a, end]
+    assert plain(row["mask"]) == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
+    assert plain(row["value_at"]) == [2, 7]
+    assert plain(row["tries"]) == [[0, 0], [0, 1]] and row["picture"] is None
     rows = conversations([episode, forgetful])
-    assert [row["tries"] for row in rows] == [[(0, 0), (0, 1)], [(1, 0)], [(1, 1)]]
-    assert (rows[2]["ids"], rows[2]["mask"], rows[2]["value_at"]) == ([p, p, end], [0, 0, 1], [1])
+    assert [plain(row["tries"]) for row in rows] == [[[0, 0], [0, 1]], [[1, 0]], [[1, 1]]]
+    assert [plain(rows[2][key]) for key in ("ids", "mask", "value_at")] == [
+        [p, p, end], [0, 0, 1], [1]]
+    assert rows[1]["picture"] is None and same(rows[2]["picture"], shown)
+    for one, other in zip((episode, forgetful), before):        # the arguments are as they were
+        assert same([vars(t) for t in one.turns], [vars(t) for t in other.turns])
+
+
+def plain(thing):
+    """Lists, tuples and tensors as lists."""
+    if isinstance(thing, torch.Tensor):
+        return thing.tolist()
+    return [plain(x) if isinstance(x, (list, tuple, torch.Tensor)) else x for x in thing]
 
 
 def test_conversations_by_hand():
@@ -224,10 +229,12 @@ def by_definition(rewards, values, last, gamma, lam):
 def check_gae(gae):
     """Three tries by hand, the docstring's example, both ways to end, 200 random episodes."""
     def run(rewards, values, terminated, **how):
-        advantages, returns = gae(torch.tensor(rewards), torch.tensor(values), terminated,
-                                  not terminated, how.pop("gamma", 0.9), how.pop("lam", 0.95),
-                                  **how)
-        assert torch.allclose(returns, advantages + torch.tensor(values), atol=1e-6)
+        r, v = torch.tensor(rewards), torch.tensor(values)
+        advantages, returns = gae(r, v, terminated, not terminated, how.pop("gamma", 0.9),
+                                  how.pop("lam", 0.95), **how)
+        assert torch.allclose(returns, advantages + v, atol=1e-6)
+        # the arguments are as they were
+        assert torch.equal(r, torch.tensor(rewards)) and torch.equal(v, torch.tensor(values))
         return advantages.tolist()
 
     # delta_2 =  5            - 2.0 =  3.0     A_2 =  3.0
@@ -258,6 +265,9 @@ def check_gae(gae):
 def test_gae_by_hand_and_by_definition():
     """Catches a missing (1 - done), lambda without gamma, V of the wrong try, returns without V."""
     check_gae(rl.gae)
+    advantages, returns = rl.gae([-1.0, 5.0], [1.0, 2.0], True, False, 0.9, 0.95)   # two lists
+    assert advantages.tolist() == pytest.approx([2.365, 3.0])
+    assert returns.tolist() == pytest.approx([3.365, 5.0])
 
 
 def judged(*episodes):
@@ -279,7 +289,9 @@ def check_add_advantages(add_advantages):
              [(-3.0, 0.5), (-4.0, -1.0)],           # out of tries: delta -4.4 and -3
              [(5.0, 1.0)]]                          # 4
     rows, episodes = judged(*games)
-    add_advantages(rows, episodes, 0.9, 0.95)
+    before = copy.deepcopy(rows)
+    assert add_advantages(rows, episodes, 0.9, 0.95) in (True, None)
+    assert all(same(row[key], old[key]) for row, old in zip(rows, before) for key in old)
     raw = torch.tensor([2.365, 3.0, -4.4 + 0.855 * -3.0, -3.0, 4.0])
     expected = (raw - raw.mean()) / ((raw - raw.mean()) ** 2).mean().sqrt()
     found = torch.cat([row["advantages"] for row in rows])
@@ -306,11 +318,33 @@ def test_advantages_find_their_try_in_any_order(tiny):
             assert (a - expected[t][0]).abs() < 1e-6 and r == expected[t][1]
 
 
-def test_equal_rewards_give_no_infinite_advantage():
-    """Catches a division by zero when every try of the batch was worth the same."""
-    rows, episodes = judged([(5.0, 1.0)], [(5.0, 1.0)])
-    rl.add_advantages(rows, episodes, 0.9, 0.95)
-    assert torch.cat([row["advantages"] for row in rows]).eq(0).all()
+def test_normalised_by_hand():
+    """Catches a mean that is kept, n - 1, a division by zero, an argument that is changed."""
+    given = torch.tensor([1.0, 2.0, 6.0])               # mean 3, variance (4 + 1 + 9) / 3
+    found = rl.normalised(given)
+    assert torch.allclose(found, torch.tensor([-2.0, -1.0, 3.0]) / (14 / 3) ** 0.5)
+    assert given.tolist() == [1.0, 2.0, 6.0]
+    assert rl.normalised(torch.full((3,), 5.0)).eq(0).all()
+
+
+def test_episodes_paid_alike_teach_the_policy_nothing(tiny):
+    """Catches the critic's rounding, divided by its own spread, that moves the policy."""
+    args = settings(minibatch=2, value_trunk=True)
+    head, rows, episodes = fresh_batch(tiny, args, solve_ats=(6, 6, 6))
+    assert len({v for row in rows for v in row["values"].tolist()}) > 1
+    assert rl.add_advantages(rows, episodes, 0.9, 0.95) is False
+    assert all(row["advantages"].eq(0).all() for row in rows)
+    assert any(row["returns"].ne(0).any() for row in rows)
+    optimizer = optimizer_of(tiny, head)
+    for parameter in tiny.model.parameters():           # a momentum that would go on by itself
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    before, critic = (copy.deepcopy(part.state_dict()) for part in (tiny.model, head))
+    rl.ppo_update(tiny, head, optimizer, rows, args, 0, learn_policy=False)
+    assert same(tiny.model.state_dict(), before) and not same(head.state_dict(), critic)
+    _, rows, episodes = fresh_batch(tiny, args, solve_ats=(6, 6, 1))
+    assert rl.add_advantages(rows, episodes, 0.9, 0.95) is True
 
 
 # ------------------------------------------------------------------------------------------------
@@ -329,17 +363,18 @@ CLIPPED = [(1.5, +2.0, +2.4, 0.0),      # good, and already far enough: no furth
 def check_policy_loss(policy_loss):
     """Both signs of the advantage, on both sides of the clip range: the value and the slope."""
     old = -5.0 - torch.arange(6.0)
-    for i, (ratio, advantage, value, slope) in enumerate(CLIPPED):
-        new = (old[i:i + 1] + math.log(ratio)).requires_grad_()
-        loss, log_ratio = policy_loss(new, old[i:i + 1], torch.tensor([advantage]), 0.2)
-        loss.backward()
-        assert loss.item() == pytest.approx(-value, abs=1e-5), CLIPPED[i]
-        assert new.grad.item() == pytest.approx(-slope, abs=1e-5), CLIPPED[i]
-        assert log_ratio.item() == pytest.approx(math.log(ratio), abs=1e-5)
+    for start in (*old, torch.tensor(-150.0)):      # exp(-150) is 0: no ratio of probabilities
+        for ratio, advantage, value, slope in CLIPPED:
+            new = (start[None] + math.log(ratio)).requires_grad_()
+            loss, log_ratio = policy_loss(new, start[None], torch.tensor([advantage]), 0.2)
+            loss.backward()
+            assert loss.item() == pytest.approx(-value, abs=1e-4), (ratio, advantage)
+            assert new.grad.item() == pytest.approx(-slope, abs=1e-4), (ratio, advantage)
+            assert log_ratio.item() == pytest.approx(math.log(ratio), abs=2e-5)
+            assert not log_ratio.requires_grad
     ratios, advantages, values, _ = (torch.tensor(x) for x in zip(*CLIPPED))
-    loss, log_ratio = policy_loss(old + ratios.log(), old, advantages, 0.2)
+    loss, _ = policy_loss(old + ratios.log(), old, advantages, 0.2)
     assert loss.item() == pytest.approx(-values.sum().item(), abs=1e-4)
-    assert not log_ratio.requires_grad
 
 
 def test_policy_loss_by_hand():
@@ -376,7 +411,7 @@ def test_answer_lengths_are_read_off_the_mask(tiny):
     tiny.end_ids += list(range(60, 120))
     _, rows, episodes = fresh_batch(tiny, settings(max_new_tokens=8))
     for row in rows:
-        assert rl._answer_lengths(row) == [len(episodes[e].turns[k].answer_ids)
+        assert rl.answer_lengths(row) == [len(episodes[e].turns[k].answer_ids)
                                            for e, k in row["tries"]]
 
 
@@ -414,7 +449,7 @@ def check_minibatch_loss(minibatch_loss, backbone, ratio="token"):
     for micro_batch in (64, 1, 2):
         backbone.model.zero_grad(set_to_none=True)
         sums = torch.zeros(4)
-        for part in rl.by_length(rows, micro_batch):
+        for part in sft.by_length(rows, micro_batch):
             loss, numbers = minibatch_loss(backbone, head, part, args, tokens, tries)
             loss.backward()
             sums += torch.tensor([loss.item(), numbers["policy_loss"], numbers["value_loss"],
@@ -463,19 +498,26 @@ def test_critic_learns_a_fixed_target(tiny):
 
 def test_kl_to_the_start_is_zero_at_the_start(tiny):
     """Catches a KL term with the wrong sign or a gradient where there is no distance."""
-    args = settings(kl_coef=1.0, value_coef=0.0)
+    args = settings(kl_coef=1.0)
     head, rows, _ = fresh_batch(tiny, args)
     for row in rows:
         row["advantages"] = torch.zeros_like(row["advantages"])
         row["start_logprobs"] = row["logprobs"]
-    assert rl.minibatch_loss(tiny, head, rows, args, *totals(rows))[0].abs() < 1e-8
+
+    def price():
+        loss, numbers = rl.minibatch_loss(tiny, head, rows, args, *totals(rows))
+        return loss - rl.VALUE_COEF * numbers["value_loss"], numbers
+
+    assert price()[0].abs() < 1e-6
     move_policy(tiny)
-    loss, numbers = rl.minibatch_loss(tiny, head, rows, args, *totals(rows))
+    loss, numbers = price()
     # both are the estimator k3, of KL(start, policy) and of KL(old, policy): here the same pair
     with torch.no_grad():
         new = torch.cat([rl.score(tiny, head, [row], 0.6)[0] for row in rows])
     gap = torch.cat([row["start_logprobs"] for row in rows]) - new
-    assert loss.item() == pytest.approx((gap.exp() - 1 - gap).mean().item(), rel=1e-4)
+    expected = (gap.exp() - 1 - gap).sum().item()
+    assert rl.kl_price(new, gap + new).item() == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(expected / len(gap), rel=1e-3)
     assert loss.item() > 0 and numbers["approx_kl"] > 0
 
 
@@ -486,6 +528,7 @@ def test_explained_variance_by_hand():
     assert rl.explained_variance(torch.ones(3), returns) == pytest.approx(0)
     assert rl.explained_variance(torch.tensor([0.0, 1.0, 2.0]), returns) == pytest.approx(0.75)
     assert rl.explained_variance(-returns, returns) == pytest.approx(-3)
+    assert rl.explained_variance(returns, torch.full((3,), -4.0)) is None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -561,6 +604,14 @@ def test_learning_rates_by_hand(tiny):
             [0.008 * share, 0.08 * share])
 
 
+def test_rate_scale_by_hand():
+    """Catches a first step at rate 0, and a warm-up that counts updates."""
+    assert rl.rate_scale(0, 4, 0, 8) == pytest.approx(1 / 8)
+    assert rl.rate_scale(0, 4, 20, 8) == 1 and rl.rate_scale(0, 4, 0, 0) == 1
+    assert rl.rate_scale(2, 4, 3, 8) == pytest.approx(1 / 2 * 4 / 8)
+    assert rl.rate_scale(4, 4, 99, 8) == pytest.approx(0)
+
+
 def test_gradient_that_is_not_finite_is_not_applied(tiny):
     """Catches one NaN that turns the whole policy into NaN, silently."""
     args = settings(epochs=2, minibatch=2)
@@ -573,8 +624,7 @@ def test_gradient_that_is_not_finite_is_not_applied(tiny):
     for row in rows:
         row["returns"] = row["returns"] * math.nan
     before = copy.deepcopy(tiny.model.state_dict())
-    assert rl.ppo_update(tiny, head, optimizer, rows, args, 0)["skipped"] == 3     # of 6, then stop
-    assert tiny.refused == 3
+    assert rl.ppo_update(tiny, head, optimizer, rows, args, 0)["skipped"] == 6      # all of them
     assert same(before, tiny.model.state_dict())
 
 
@@ -586,8 +636,9 @@ def test_gradient_that_is_not_finite_is_not_applied(tiny):
 def test_self_check_passes_and_says_what_it_saw(tiny):
     """Catches a self-check that fails on a good batch."""
     _, rows, episodes = fresh_batch(tiny, settings())
+    assert rl.complaints(rows, episodes, tiny, "train", 0.6) == []
     told = rl.self_check(rows, episodes, tiny, "train")
-    assert f"{totals(rows)[0]} tokens" in told and "max |log ratio|" in told
+    assert f"{totals(rows)[0]} tokens" in told and "no held-out" in told
 
 
 @pytest.mark.parametrize("shift", [1, -1])
@@ -621,15 +672,6 @@ def test_self_check_knows_that_a_low_temperature_magnifies(tiny):
         rl.self_check(rows, episodes, tiny, "train", 1.0)
 
 
-def test_a_run_on_all_hands_holds_none_out(rigged, monkeypatch, capsys):
-    """Catches hands that were trained on and are reported as held out."""
-    code, error = command(monkeypatch, capsys, rl, "--model", "model", *SHORT, "--from-backbone",
-                          "--split", "all", "--out", "all")
-    assert code == 0, error
-    assert {name for row in rows_of(rigged / "all" / "eval.jsonl") for name in row["cells"]} == {
-        "all/id"}
-
-
 def test_self_check_finds_a_held_out_hand(tiny):
     """Catches test hands that leak into training."""
     _, rows, episodes = fresh_batch(tiny, settings())
@@ -638,6 +680,9 @@ def test_self_check_finds_a_held_out_hand(tiny):
     episodes[2].env.hand = stranger.hand
     with pytest.raises(sft.Problem, match="held-out"):
         rl.self_check(rows, episodes, tiny, "train")
+    rl.score_all(tiny, rl.build_value_head(32, 0), rows, 0.9, 64)
+    found = rl.complaints(rows, episodes, tiny, "train", 0.6)
+    assert len(found) == 2 and "temperature" in found[0] and "held-out" in found[1]
 
 
 def test_self_check_claims_only_what_it_checked(tiny):
@@ -647,24 +692,29 @@ def test_self_check_claims_only_what_it_checked(tiny):
     assert "no held-out hand" not in rl.self_check(rows, episodes, tiny, "all")
 
 
-FLAGS = ["--from-backbone", "--updates", 3, "--episodes", 4, "--max-new-tokens", 4, "--epochs", 2,
+# ------------------------------------------------------------------------------------------------
+# 5. and 7. The run
+# ------------------------------------------------------------------------------------------------
+
+FLAGS = ["--updates", 3, "--episodes", 4, "--tries", 3, "--max-new-tokens", 3, "--epochs", 2,
          "--minibatch", 2, "--eval-hands", 4, "--eval-every", 2, "--kl-coef", 0.05, "--lr", 1e-3]
 
 
 @pytest.fixture
-def rigged(tiny, tmp_path, monkeypatch):
+def rigged(model, tmp_path, monkeypatch):
     """A folder to work in, with the tiny model in "model", where games end as Rigged ones do."""
-    sft.save_checkpoint(tmp_path / "model", tiny)
+    shutil.copytree(model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gp_env, "GeneralPoints", Rigged)
     return tmp_path
 
 
 def train(monkeypatch, capsys, out, *flags):
-    """rl.py on the command line, which must succeed."""
-    code, error = command(monkeypatch, capsys, rl, "--model", "model", *FLAGS, "--out", out,
-                          *flags)
+    """rl.py on the command line, which must succeed. Returns what it printed."""
+    code, printed, error = shown(monkeypatch, capsys, rl, "--model", "model", "--init", "model",
+                                 *FLAGS, "--out", out, *flags)
     assert code == 0, error
+    return printed
 
 
 def assert_same_run(one, other):
@@ -679,14 +729,11 @@ def assert_same_run(one, other):
                 sft.load_backbone(path2).model.state_dict())
 
 
+# One moment for each state of the disk that a kill can find.
 KILLS = {"in the first evaluation": (rl, "evaluate", 1, False),
          "before the first checkpoint": (rl, "save_checkpoint", 1, False),
-         "while collecting": (rl, "collect", 2, False),
          "in the update": (rl, "ppo_update", 2, False),
-         "before the metrics are written": (sft.Metrics, "write", 3, False),
-         "after the metrics are written": (sft.Metrics, "write", 3, True),
          "in a later evaluation": (rl, "evaluate", 2, False),
-         "after a later evaluation": (rl, "evaluate", 2, True),
          "in the middle of a checkpoint": (torch, "save", 2, False),
          "just after a checkpoint": (rl, "save_checkpoint", 2, True),
          "in the last evaluation": (rl, "evaluate", 3, False)}
@@ -706,42 +753,34 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(rigged, monkeypatch, capsys)
             kill_at(patch, *KILLS[moment])
             with pytest.raises(Killed):
                 train(patch, capsys, out)
-        train(monkeypatch, capsys, out, "--resume")
+        # the start may be spelt in another way
+        train(monkeypatch, capsys, out, "--resume", "--init", f"{rigged}/model/")
         assert_same_run(rigged / "unbroken", out)
         shutil.rmtree(out)
 
 
-def test_sigkill_and_resume_in_a_process_of_its_own(tiny, tmp_path):
-    """Catches what only a real kill leaves behind: no exception, no clean-up, buffers lost."""
-    sft.save_checkpoint(tmp_path / "model", tiny)
-    line = [sys.executable, str(pathlib.Path(rl.__file__)), "--model", "model", "--threads", "1",
-            *map(str, FLAGS), "--out"]
-
-    def go(out, *flags, kill_after=None):
-        process = subprocess.Popen([*line, out, *flags], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, text=True)
-        while kill_after and not (tmp_path / out / kill_after).exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        if kill_after:
-            process.kill()                      # SIGKILL: nothing in the process can catch it
-        error = process.communicate()[1]
-        assert process.returncode == (-signal.SIGKILL if kill_after else 0), error
-
-    go("unbroken")
-    go("killed", kill_after="step-000001")
-    assert len(rows_of(tmp_path / "killed" / "metrics.jsonl")) < 3
-    go("killed", "--resume")
-    assert_same_run(tmp_path / "unbroken", tmp_path / "killed")
+def test_sigkill_and_resume_in_a_process_of_its_own(model, tmp_path, monkeypatch, capsys):
+    """Catches what only a real kill leaves behind: no exception, no clean-up, buffers lost, a run
+    folder that is still taken."""
+    shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    words = ["rl.py", "--model", "model", "--init", "model", "--threads", "1", *map(str, FLAGS),
+             "--out", "killed"]
+    kill_when(f"import sys, sft, rl; sys.argv = {words!r}; sys.exit(sft.guarded(rl.main))",
+              tmp_path / "killed" / "step-000001")
+    assert len(sft.checkpoints("killed")) < 3
+    train(monkeypatch, capsys, "killed", "--resume")
+    train(monkeypatch, capsys, "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_kl_is_measured_from_the_start(rigged, monkeypatch, capsys):
     """Catches a KL term that holds the policy at its last update and not at the start."""
     caught, update = {}, rl.ppo_update
 
-    def noting(backbone, head, optimizer, rows, args, number):
+    def noting(backbone, head, optimizer, rows, args, number, *more):
         caught[number] = copy.deepcopy(rows)
-        return update(backbone, head, optimizer, rows, args, number)
+        return update(backbone, head, optimizer, rows, args, number, *more)
 
     monkeypatch.setattr(rl, "ppo_update", noting)
     train(monkeypatch, capsys, "run", "--updates", 2)
@@ -755,128 +794,169 @@ def test_kl_is_measured_from_the_start(rigged, monkeypatch, capsys):
 
 
 def test_finished_run_can_be_resumed_again(rigged, monkeypatch, capsys):
-    """Catches a resume of a complete run that trains on, or loses its metrics."""
-    train(monkeypatch, capsys, "run", "--updates", 1)
-    before = files_of(rigged / "run" / "step-000001")
-    rows = rows_of(rigged / "run" / "metrics.jsonl")
-    train(monkeypatch, capsys, "run", "--updates", 1, "--resume")
-    assert files_of(rigged / "run" / "step-000001") == before
-    assert rows_of(rigged / "run" / "metrics.jsonl") == rows
+    """Catches a resume of a complete run that trains on, or loses its metrics; a --resume where
+    nothing is that is refused, though Ctrl-C advises it; and a next command of another task."""
+    printed = train(monkeypatch, capsys, "a run", "--updates", 1, "--resume")
+    again = evaluate.flags(shlex.split(printed.splitlines()[-1])[2:])
+    assert (again.model, again.max_new_tokens) == ("a run/step-000001", 3)
+    before = files_of(rigged / "a run" / "step-000001")
+    rows = rows_of(rigged / "a run" / "metrics.jsonl")
+    train(monkeypatch, capsys, "a run", "--updates", 1, "--resume")
+    assert files_of(rigged / "a run" / "step-000001") == before
+    assert rows_of(rigged / "a run" / "metrics.jsonl") == rows
+    assert_one_line(*command(monkeypatch, capsys, rl, "--model", "model", "--init", "model", *FLAGS,
+                             "--out", "a run"), "--resume")
+    # a --max-new-tokens that cuts everything off is told in numbers, in every update and cell
+    assert rows[0]["cut"] > 0.5 and printed.count("CUT OFF") > 3
+    assert all(cell["cut"] > 0.5 for row in rows_of(rigged / "a run" / "eval.jsonl")
+               for cell in row["cells"].values())
 
 
-def test_every_json_line_of_a_run_is_strict(rigged, monkeypatch, capsys):
-    """Catches NaN in the metrics, which other programs cannot read: one episode of one try."""
-    train(monkeypatch, capsys, "run", "--updates", 1, "--episodes", 1, "--tries", 1)
-
-    def refuse(constant):
-        raise AssertionError(constant)
-
+def test_an_update_with_nothing_to_learn_takes_no_step(rigged, monkeypatch, capsys):
+    """Catches a policy that moves though all rewards are alike, and NaN in the metrics, which other
+    programs cannot read; --split all, where nothing may be called held out."""
+    monkeypatch.setattr(gp_env, "GeneralPoints", lambda **how: Rigged(6, **how))
+    printed = train(monkeypatch, capsys, "run", "--updates", 2, "--tries", 1, "--split", "all")
+    assert printed.count("nothing to learn") == 2
     for name in ("metrics.jsonl", "eval.jsonl"):
         for line in (rigged / "run" / name).read_text().splitlines():
-            json.loads(line, parse_constant=refuse)
+            assert json.loads(line, parse_constant=lambda constant: pytest.fail(constant))
+    assert all(row["explained_variance"] is None and row["approx_kl"] == 0
+               for row in rows_of(rigged / "run" / "metrics.jsonl"))
+    assert {name for row in rows_of(rigged / "run" / "eval.jsonl") for name in row["cells"]} == {
+        "all/id"}
+    assert same(sft.load_backbone("run/step-000002").model.state_dict(),
+                sft.load_backbone("model").model.state_dict())
 
 
-@pytest.mark.parametrize("damage", ["cut", "another list", "another dict", "another head",
-                                    "another optimizer", "no counts", "odd counts"])
-def test_damaged_checkpoint_is_refused(rigged, monkeypatch, capsys, damage):
+def test_damaged_checkpoint_is_refused(rigged, monkeypatch, capsys):
     """Catches a resume that silently starts anew when its state cannot be read, or a traceback."""
     train(monkeypatch, capsys, "run", "--updates", 1)
     path = rigged / "run" / "step-000001" / "state.pt"
-    {"cut": lambda: path.write_bytes(path.read_bytes()[:1000]),
-     "another list": lambda: torch.save([1, 2], path),
-     "another dict": lambda: torch.save({"tokens": 1}, path),
-     "another head": lambda: torch.save(sft.load_state(path.parent) | {"head": {}}, path),
-     "another optimizer": lambda: torch.save(
-         sft.load_state(path.parent) | {"optimizer": {"state": {}, "param_groups": []}}, path),
-     "no counts": lambda: torch.save(sft.load_state(path.parent) | {"counts": 3}, path),
-     "odd counts": lambda: torch.save(
-         sft.load_state(path.parent) | {"counts": {"init": "1"}}, path)}[damage]()
-    code, error = command(monkeypatch, capsys, rl, "--model", "model", *FLAGS, "--updates", 1,
-                          "--out", "run", "--resume")
-    assert_one_line(code, error, "state.pt")
+    whole, state = path.read_bytes(), sft.load_state(path.parent)
+    for damage in (None, [1, 2], {"tokens": 1}, state | {"head": {}},
+                   state | {"optimizer": {"state": {}, "param_groups": []}}):
+        if damage is None:
+            path.write_bytes(whole[:1000])
+        else:
+            torch.save(damage, path)
+        assert_one_line(*command(monkeypatch, capsys, rl, "--model", "model", "--init", "model",
+                                 *FLAGS, "--updates", 1, "--out", "run", "--resume"), "state.pt")
 
 
-SHORT = ["--sft-steps", 4, "--sft-start-step", 2, "--sft-batch", 2, "--updates", 1,
-         "--episodes", 2, "--tries", 2, "--max-new-tokens", 2, "--eval-hands", 1]
+QUICK = ["--updates", 1, "--episodes", 2, "--tries", 2, "--max-new-tokens", 2, "--eval-hands", 1]
 
 
 def test_start_is_made_once_and_counted(rigged, monkeypatch, capsys):
-    """Catches a start that is trained again for every run, and FLOPs that forget it."""
-    def go(*flags):
-        code, error = command(monkeypatch, capsys, rl, "--model", "model", *SHORT, *flags)
-        assert code == 0, error
+    """Catches a start that is trained again for every run, or used though the model is another,
+    FLOPs that forget it, and a start that is no point of the longer run of SFT."""
+    monkeypatch.setattr(sft, "start_step", lambda args: 1)
+    monkeypatch.setitem(sft.DEFAULT_MODEL, "gp-l", "model")
 
-    go("--out", "one")
-    start = rigged / "runs" / "start-gp-l-s0" / "step-000002"
+    def go(*flags):
+        code, error = command(monkeypatch, capsys, rl, *QUICK, *flags)
+        assert code == 0, error
+        return sorted((rigged / "runs").glob("start-gp-l-s0-*/step-000001"))
+
+    start, = go("--out", "one")
     made = start.stat().st_mtime_ns
     tokens = sft.load_state(start)["tokens"]
     first = rows_of(rigged / "one" / "eval.jsonl")[0]
     size = sft.task_parameters(sft.load_backbone(start).model)
-    assert tokens > 0 and first["flops"] == 6 * size * tokens
-    go("--out", "two")
-    assert start.stat().st_mtime_ns == made
-    go("--out", "three", "--sft-lr", 1e-5)          # another start is wanted, this one is kept
-    other = start.parent.with_name("start-gp-l-s0-2")
-    assert start.stat().st_mtime_ns == made and (other / start.name).exists()
-    # killed between the start's last checkpoint and its note of how it was made
-    for wreck in ("", "{"):
-        (other / "made.jsonl").write_text(wreck)
-        made = (other / start.name).stat().st_mtime_ns
-        go("--out", f"four{wreck}", "--sft-lr", 1e-5)
-        assert (other / start.name).stat().st_mtime_ns != made
-    assert len(list((rigged / "runs").iterdir())) == 2
-    # a run that goes on needs its start no more
-    shutil.rmtree(rigged / "runs")
-    go("--out", "two", "--resume")
-    assert not (rigged / "runs").exists()
+    assert tokens > 0 and first["flops"] == first["flops_spent"] == 6 * size * tokens
+    assert go("--out", "two", "--lr", 1e-5) == [start] and start.stat().st_mtime_ns == made
+    whole = sft.run_sft(sft.flags(["--steps", "1300"]), "sft", 2, sft.load_backbone("model"))
+    assert whole.name == "step-000002"
+    assert same(sft.load_backbone(start).model.state_dict(),
+                sft.load_backbone("sft/step-000001").model.state_dict())
+    # another model under the same name needs another start
+    with torch.no_grad():
+        other = sft.load_backbone("model")
+        other.model.get_output_embeddings().weight[0] += 1
+    sft.save_checkpoint("model", other)
+    assert len(go("--out", "three")) == 2 and start.stat().st_mtime_ns == made
+
+
+def table_of(printed):
+    """The lines of --inspect that show a token."""
+    lines = printed.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("pos  token"))
+    return [line for line in lines[at + 1:] if line[:3].strip().isdigit()]
+
+
+def values_of(printed):
+    """V in each line of --inspect that has one."""
+    return [float(line.rsplit(None, 4)[1]) for line in table_of(printed) if line[34:].strip()
+            and len(line.rsplit(None, 4)) == 5 and line.rsplit(None, 3)[1][0] in "+-"]
 
 
 def test_inspect_prints_a_table_and_learns_nothing(rigged, monkeypatch, capsys):
-    """Catches an --inspect that claims a run folder, and columns that do not belong together."""
-    monkeypatch.setattr("sys.argv", ["rl.py", "--model", "model", *map(str, FLAGS), "--inspect",
-                                     "--out", "run"])
-    assert sft.guarded(rl.main) == 0
-    lines = capsys.readouterr().out.splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("pos  token"))
-    table = [line for line in lines[at + 1:] if line[:3].strip().isdigit()]
-    assert [int(line[:3]) for line in table] == list(range(len(table)))
-    assert "<|user|>" in table[0] and "+" not in table[0]
-    assert not (rigged / "run").exists()
+    """Catches an --inspect that claims a run folder, columns that do not belong together, and a
+    critic that is a new one though the checkpoint has its own."""
+    train(monkeypatch, capsys, "run", "--updates", 1)
+    found = {}
+    for init in ("model", "run/step-000001"):
+        code, printed, error = shown(monkeypatch, capsys, rl, "--model", "model", "--init", init,
+                                     *FLAGS, "--inspect", "--out", "none")
+        assert code == 0, error
+        table = table_of(printed)
+        assert [int(line[:3]) for line in table] == list(range(len(table)))
+        assert "<|user|>" in table[0] and not (rigged / "none").exists()
+        found[init] = values_of(printed)
+        assert found[init]
+    assert set(found["model"]) == {0.0} != set(found["run/step-000001"])
+
+
+@pytest.mark.xfail(strict=True, reason="--inspect --resume shows the start, without a word")
+def test_inspect_of_a_run_shows_its_last_checkpoint(rigged, monkeypatch, capsys):
+    """Catches --resume ignored without a word: V is that of a new critic, 0 everywhere."""
+    train(monkeypatch, capsys, "run", "--updates", 1)
+    code, printed, error = shown(monkeypatch, capsys, rl, "--model", "model", "--init", "model",
+                                 *FLAGS, "--updates", 1, "--inspect", "--resume", "--out", "run")
+    if code == 0:
+        assert set(values_of(printed)) != {0.0}
+    else:
+        assert_one_line(code, error, "--resume")
+
+
+@pytest.mark.xfail(strict=True, reason="rl.py makes the SFT start before it asks for the length")
+def test_a_model_that_is_too_short_is_refused_before_anything_is_trained(tiny, tmp_path,
+                                                                        monkeypatch, capsys):
+    """Catches minutes of SFT before it is found that the conversations of RL do not fit."""
+    tiny.model.config.get_text_config().max_position_embeddings = 300
+    sft.save_checkpoint(tmp_path / "model", tiny)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sft, "train", lambda *_, **__: pytest.fail("trained first"))
+    assert_one_line(*command(monkeypatch, capsys, rl, "--model", "model", "--max-new-tokens", 64),
+                    "tokens")
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--init", "model", "--from-backbone"], ["--init", "--from-backbone"]),
     (["--init", "nowhere"], ["nowhere"]),
-    (["--model", "nowhere", "--from-backbone"], ["nowhere"]),
+    (["--init", "none", "--model", "nowhere"], ["none"]),
+    (["--model", "nowhere", "--init", ""], ["--init"]),
     (["--temperature", "0"], ["--temperature"]),
     (["--temperature", "nan"], ["--temperature"]),
-    (["--lr", "nan", "--from-backbone"], ["--lr"]),
-    (["--lr", "inf", "--from-backbone"], ["--lr"]),
-    (["--value-lr", "nan", "--from-backbone"], ["--value-lr"]),
+    (["--lr", "nan"], ["--lr"]),
+    (["--lr", "inf"], ["--lr"]),
+    (["--value-lr", "nan"], ["--value-lr"]),
     (["--episodes", "0"], ["--episodes"]),
-    (["--updates", "0", "--from-backbone"], ["--updates"]),
+    (["--updates", "0"], ["--updates"]),
     (["--tries", "0"], ["--tries"]),
     (["--minibatch", "0"], ["--minibatch"]),
     (["--epochs", "0"], ["--epochs"]),
-    (["--max-new-tokens", "0"], ["--max-new-tokens"]),
-    (["--eval-hands", "0", "--from-backbone"], ["--eval-hands"]),
+    (["--eval-hands", "0"], ["--eval-hands"]),
     (["--eval-every", "0"], ["--eval-every"]),
     (["--gamma", "-0.1"], ["--gamma"]),
-    (["--gamma", "1.5", "--from-backbone"], ["--gamma"]),
-    (["--lam", "1.5", "--from-backbone"], ["--lam"]),
-    (["--sft-batch", "0"], ["--sft-batch"]),
-    (["--sft-start-step", "0"], ["--sft-start-step"]),
-    (["--sft-start-step", "9"], ["--sft-start-step"]),      # SHORT plans 4 steps
-    (["--sft-save-every", "0"], ["--sft-save-every"]),
-    (["--resume"], ["--resume"]),
-    (["--device", "abacus"], ["abacus"]),
-    (["--seed", str(2 ** 63), "--from-backbone"], ["--seed"]),
-    (["--out", "model/config.json", "--from-backbone"], ["config.json"]),
+    (["--gamma", "1.5"], ["--gamma"]),
+    (["--lam", "1.5"], ["--lam"]),
+    (["--seed", str(2 ** 63)], ["--seed"]),
+    (["--out", "model/config.json"], ["config.json"]),
 ])
 def test_bad_flags_end_in_one_line(rigged, monkeypatch, capsys, flags, words):
     """Catches tracebacks, flags that contradict each other, and values that do nothing."""
-    basis = [] if "--model" in flags else ["--model", "model"]
-    code, error = command(monkeypatch, capsys, rl, *basis, *SHORT, *flags)
+    code, error = command(monkeypatch, capsys, rl, "--model", "model", "--init", "model", *QUICK,
+                          *flags)
     assert_one_line(code, error, "rl.py: ", *words)
 
 
@@ -898,8 +978,8 @@ def test_mutant_mask_off_by_one(tiny, shift):
         return [0] + mask[:-1] if shift == 1 else mask[1:] + [0]
 
     def encode(backbone, conversation):
-        ids, mask = sft.encode(backbone, conversation)
-        return ids, moved(mask)
+        row = sft.encode(backbone, conversation)
+        return row | {"mask": moved(row["mask"])}
 
     def conversations(episodes):
         return [row | {"mask": moved(row["mask"])} for row in rl.conversations(episodes)]
@@ -911,8 +991,9 @@ def test_mutant_mask_off_by_one(tiny, shift):
 def test_mutant_end_token_not_learnt(tiny):
     """A policy that is never taught to stop."""
     def encode(backbone, conversation):
-        ids, mask = sft.encode(backbone, conversation)
-        return ids, [int(m and token not in backbone.end_ids) for token, m in zip(ids, mask)]
+        row = sft.encode(backbone, conversation)
+        return row | {"mask": [int(m and token not in backbone.end_ids)
+                               for token, m in zip(row["ids"], row["mask"])]}
 
     rejected(check_mask, encode, tiny)
 
@@ -921,8 +1002,8 @@ def test_mutant_mean_over_padding(tiny):
     """The loss divided by all positions of the padded batch, in SFT and in PPO."""
     def sft_loss(backbone, rows, micro_batch, backward=True):
         loss, fed = sft.sft_loss(backbone, rows, micro_batch, backward)
-        answers, longest = sum(sum(mask) for _, mask in rows), max(len(ids) for ids, _ in rows)
-        return loss * answers / (len(rows) * longest), fed
+        answers = sum(sum(row["mask"]) for row in rows)
+        return loss * answers / (len(rows) * max(len(row["ids"]) for row in rows)), fed
 
     def minibatch_loss(backbone, head, part, args, tokens, tries):
         padded = len(part) * max(len(row["ids"]) for row in part)
@@ -1012,14 +1093,19 @@ def test_mutant_min_and_max_swapped():
     rejected(check_value_loss, value_loss)
 
 
-@pytest.mark.parametrize("wrong", ["no clip", "upper side only"])
+@pytest.mark.parametrize("wrong", ["no clip", "upper side only", "graph kept", "exp over exp"])
 def test_mutant_half_a_clip(wrong):
-    """A ratio that is not clipped, or only from above."""
+    """A ratio that is not clipped, or only from above; one that keeps its graph; one of
+    probabilities, which are 0 for a long answer."""
     def policy_loss(logprobs, old_logprobs, advantages, clip):
         log_ratio = logprobs - old_logprobs
         ratio = log_ratio.exp()
-        clipped = ratio if wrong == "no clip" else ratio.clamp(max=1 + clip)
-        return -torch.min(ratio * advantages, clipped * advantages).sum(), log_ratio.detach()
+        if wrong == "exp over exp":
+            ratio = logprobs.exp() / old_logprobs.exp()
+        clipped = {"no clip": ratio, "upper side only": ratio.clamp(max=1 + clip)}.get(
+            wrong, ratio.clamp(1 - clip, 1 + clip))
+        return (-torch.min(ratio * advantages, clipped * advantages).sum(),
+                log_ratio if wrong == "graph kept" else log_ratio.detach())
 
     rejected(check_policy_loss, policy_loss)
 
@@ -1056,3 +1142,28 @@ def test_mutant_test_hands_leak(tiny, split):
         return rl.collect(backbone, argparse.Namespace(**vars(args) | {"split": split}), update)
 
     rejected(check_no_leak, collect, tiny)
+
+
+@pytest.mark.parametrize("wrong", ["blind", "the episode grows"])
+def test_mutant_conversations_that_share_or_drop(wrong):
+    """A policy that is scored without its picture; rows that are the lists of the episode."""
+    def conversations(episodes):
+        if wrong == "blind":
+            return [row | {"picture": None} for row in rl.conversations(episodes)]
+        rows = rl.conversations(episodes)
+        for episode in episodes:
+            for turn in episode.turns:
+                turn.prompt_ids += turn.answer_ids
+        return rows
+
+    rejected(check_conversations, conversations)
+
+
+def test_mutant_arguments_that_change():
+    """What follows is added to the last reward, in place."""
+    def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
+        if truncated:
+            rewards[-1] += gamma * after
+        return rl.gae(rewards, values, terminated, truncated, gamma, lam)
+
+    rejected(check_gae, gae)

@@ -11,13 +11,20 @@ import copy
 import errno
 import json
 import math
+import os
+import pathlib
+import shlex
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
+import evaluate
 import gp_env
 import sft
 
@@ -68,15 +75,44 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def command(monkeypatch, capsys, module, *flags):
-    """Run a script's command line. Returns (exit code, what it wrote to stderr)."""
+def kill_when(code, path, then=lambda: None):
+    """Run Python code in a process of its own; once `path` exists call then(), and SIGKILL it."""
+    here = pathlib.Path(__file__).parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"})
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    then()
+    process.kill()                      # nothing in the process can catch it
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def let_go():
+    """Give up all run folders, as the end of a process does."""
+    while sft.held:
+        sft.held.pop().close()
+
+
+def shown(monkeypatch, capsys, module, *flags):
+    """Run a script's command line. Returns (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
     capsys.readouterr()
     try:
         code = sft.guarded(module.main)
     except SystemExit as stop:          # argparse ends the program itself
         code = stop.code
-    return code, capsys.readouterr().err
+    finally:
+        let_go()
+    return code, *capsys.readouterr()
+
+
+def command(monkeypatch, capsys, module, *flags):
+    """Run a script's command line. Returns (exit code, what it wrote to stderr)."""
+    code, _, error = shown(monkeypatch, capsys, module, *flags)
+    return code, error
 
 
 def assert_one_line(code, error, *words):
@@ -106,12 +142,6 @@ def ragged_rows(backbone, count=7):
             for i in range(count)]
 
 
-def as_batch(rows):
-    """[(ids, mask)] -> ids (B, T), mask (B, T), lengths (B,)."""
-    return (sft.pad([ids for ids, _ in rows]), sft.pad([mask for _, mask in rows]),
-            torch.tensor([len(ids) for ids, _ in rows]))
-
-
 @torch.no_grad()
 def one_by_one(backbone, rows, temperature=1.0):
     """log p of the masked tokens, by the definition: read all tokens before it, ask for the next.
@@ -120,11 +150,12 @@ def one_by_one(backbone, rows, temperature=1.0):
     no shift.
     """
     found = []
-    for ids, mask in rows:
-        for t, wanted in enumerate(mask):
+    for row in rows:
+        for t, wanted in enumerate(row["mask"]):
             if wanted:
-                logits = backbone.model(input_ids=torch.tensor([ids[:t]])).logits[0, -1]
-                found.append(torch.log_softmax(logits / temperature, dim=-1)[ids[t]])
+                read = torch.tensor([row["ids"][:t]])
+                logits = backbone.model(input_ids=read).logits[0, -1]
+                found.append(torch.log_softmax(logits / temperature, dim=-1)[row["ids"][t]])
     return torch.stack(found)
 
 
@@ -142,24 +173,25 @@ def relative_gap(one, other):
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Conversation -> ids and mask
+# 1. Conversation -> ids and mask
 # ------------------------------------------------------------------------------------------------
 
 
 def check_mask(encode, backbone):
     """A worked example, position by position, then the same rule on real training examples."""
-    ids, mask = encode(backbone, REVISION)
+    row = encode(backbone, REVISION)
     expected = [("<|user|>", 0), ("G", 0), ("o", 0), ("<|end|>", 0), ("<|assistant|>", 0),
                 ("a", 0), ("b", 0), ("<|end|>", 0),         # a mistake: shown, not taught
                 ("<|user|>", 0), ("N", 0), ("o", 0), (".", 0), ("<|end|>", 0),
                 ("<|assistant|>", 0),
                 ("c", 1), ("d", 1), ("e", 1), ("<|end|>", 1)]
-    assert list(zip(backbone.tokenizer.convert_ids_to_tokens(ids), mask)) == expected
+    tokens = backbone.tokenizer.convert_ids_to_tokens(row["ids"])
+    assert list(zip(tokens, row["mask"])) == expected and row["picture"] is None
     for seed in range(20):
         conversation = gp_env.expert_conversation(np.random.default_rng(seed))
-        ids, mask = encode(backbone, conversation)
-        learnt = [token for token, wanted in zip(ids, mask) if wanted]
-        assert len(ids) == len(mask) and learnt[-1] == backbone.end_ids[0]
+        row = encode(backbone, conversation)
+        learnt = [token for token, wanted in zip(row["ids"], row["mask"]) if wanted]
+        assert len(row["ids"]) == len(row["mask"]) and learnt[-1] == backbone.end_ids[0]
         assert backbone.tokenizer.decode(learnt[:-1]) == conversation[1]["content"]
 
 
@@ -170,41 +202,21 @@ def test_mask_is_exactly_the_answers(tiny):
 
 def test_encoding_is_the_chat_template_itself(tiny):
     """Catches markup lost or doubled where the segments are joined."""
-    ids, _ = sft.encode(tiny, REVISION)
+    ids = sft.encode(tiny, REVISION)["ids"]
     messages = [{"role": turn["role"], "content": turn["content"]} for turn in REVISION]
     assert tiny.tokenizer.decode(ids) == tiny.tokenizer.apply_chat_template(messages,
                                                                             tokenize=False)
 
 
-def test_tokenizer_reads_back_what_was_written(tiny):
-    """Catches phrases that swallow a space, and bytes that no token covers."""
-    rng = np.random.default_rng(0)
-    texts = [turn["content"] for conversation in gp_env.backbone_conversations(rng, 200)
-             for turn in conversation]
-    texts += [turn["content"] for _ in range(50) for turn in gp_env.expert_conversation(rng)]
-    texts += ["", " ", "  two  spaces ", "\n\r\t\x00\x7f", "é e\u0301 ﬁ ß İ", "שלום \u202e abc",
-              "👩‍👩‍👧 🂡 𝟚𝟜", "٢٤ ２４ ²⁴", "[Task] [Tas", '{"cards": ["', "\ufeff\u200b\ufffd"]
-    texts += ["".join(chr(c) for c in rng.integers(0x20, 0xD7FF, size=30)) for _ in range(50)]
-    for text in texts:
-        ids = tiny.tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert tiny.tokenizer.decode(ids, skip_special_tokens=True) == text
-
-
-def test_first_turn_is_short(tiny):
-    """Catches a prompt written in letters: a phrase that changed and lost its own token."""
-    hand = gp_env.deal(np.random.default_rng(0))
-    assert len(sft.user_ids(tiny, gp_env.prompt(hand), first=True)) < 60
-
-
 # ------------------------------------------------------------------------------------------------
-# 4. Log-probabilities
+# 2. Log-probabilities
 # ------------------------------------------------------------------------------------------------
 
 
 def check_shift(token_logprobs, backbone):
     """The batched, padded, shifted computation must equal one forward pass for each token."""
     rows = ragged_rows(backbone, 4)
-    ids, mask, lengths = as_batch(rows)
+    ids, mask, lengths, _ = sft.batch(backbone, rows)
     for temperature in (1.0, 0.6):
         with torch.no_grad():
             found, entropy = token_logprobs(backbone, sft.trunk(backbone, ids, lengths), ids, mask,
@@ -222,7 +234,7 @@ def test_uniform_model_scores_exactly_log_v(tiny):
     """Catches a softmax over the wrong dimension or over a vocabulary of the wrong size."""
     torch.nn.init.zeros_(tiny.model.get_output_embeddings().weight)
     rows = ragged_rows(tiny, 3)
-    ids, mask, lengths = as_batch(rows)
+    ids, mask, lengths, _ = sft.batch(tiny, rows)
     found, entropy = sft.token_logprobs(tiny, sft.trunk(tiny, ids, lengths), ids, mask, 0.7)
     log_v = math.log(len(tiny.tokenizer) - 1)
     assert torch.allclose(found, torch.full_like(found, -log_v), rtol=0, atol=1e-6)
@@ -233,19 +245,19 @@ def test_uniform_model_scores_exactly_log_v(tiny):
 def test_padding_changes_no_logprob(tiny):
     """Catches padding on the wrong side and attention that looks at it."""
     rows = ragged_rows(tiny)
-    ids, mask, lengths = as_batch(rows)
+    ids, mask, lengths, _ = sft.batch(tiny, rows)
     with torch.no_grad():
         together, _ = sft.token_logprobs(tiny, sft.trunk(tiny, ids, lengths), ids, mask)
         alone = []
         for row in rows:
-            ids, mask, lengths = as_batch([row])
+            ids, mask, lengths, _ = sft.batch(tiny, [row])
             alone.append(sft.token_logprobs(tiny, sft.trunk(tiny, ids, lengths), ids, mask)[0])
     assert (together - torch.cat(alone)).abs().max() < 1e-5
 
 
 def test_banned_tokens_have_no_probability(tiny):
     """Catches 0 * log 0 = NaN, in the entropy or in its gradient, where a token is banned."""
-    ids, mask, lengths = as_batch(ragged_rows(tiny, 3))
+    ids, mask, lengths, _ = sft.batch(tiny, ragged_rows(tiny, 3))
     allowed = int(ids[0][mask[0].bool()][0])
     tiny.banned = [token for token in (3, 5, 7, 400) if token not in ids.tolist()[0]]
     hidden = sft.trunk(tiny, ids, lengths)
@@ -267,7 +279,7 @@ def test_banned_tokens_have_no_probability(tiny):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Loss, gradient, learning rate
+# 3. Loss, gradient, learning rate
 # ------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +291,7 @@ def check_loss_mean(sft_loss, backbone):
     for micro_batch in (1, 3, 7):
         loss, fed = sft_loss(backbone, rows, micro_batch, backward=False)
         assert loss == pytest.approx(expected, rel=1e-5)
-        assert fed == sum(len(ids) for ids, _ in rows)
+        assert fed == sum(len(row["ids"]) for row in rows)
 
 
 def test_loss_is_the_mean_over_answer_tokens(tiny):
@@ -304,6 +316,17 @@ def test_task_parameters_are_those_that_text_reaches(tiny):
     assert sft.task_parameters(tiny.model) == reached
 
 
+def test_a_step_that_is_not_finite_is_not_taken(tiny, capsys):
+    """Catches one NaN that turns all weights into NaN, silently, and gradients that stay."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    for norm, expected in ((math.nan, 1.0), (math.inf, 1.0), (1.0, 0.0)):
+        parameter.grad = torch.ones(2)
+        assert sft.take_step(optimizer, [torch.tensor(1.0), torch.tensor(norm)]) == (norm == 1.0)
+        assert parameter.tolist() == [expected] * 2 and parameter.grad is None
+    assert capsys.readouterr().out.count("not finite") == 2
+
+
 def test_learning_rate_by_hand():
     """Catches a first step at rate 0, a jump after the warm-up, a cosine that ends elsewhere."""
     rates = [sft.learning_rate(step, 12, 2.0, warmup=4) for step in range(13)]
@@ -314,17 +337,8 @@ def test_learning_rate_by_hand():
     assert all(a >= b for a, b in zip(rates[3:], rates[4:]))
 
 
-def test_cooldown_by_hand():
-    """Catches a jump where the cooldown begins, and a rate that is not 0 at the end."""
-    rates = [sft.learning_rate(step, 20, 2.0, 2, cooldown=5) for step in range(21)]
-    slow = [1 + math.cos(math.pi * (step - 2) / 30) for step in range(21)]     # 1.6 * 20 - 2 = 30
-    assert rates[:2] == [1.0, 2.0]
-    assert rates[2:16] == pytest.approx(slow[2:16])
-    assert rates[16:] == pytest.approx([slow[20 - left] * left / 5 for left in (4, 3, 2, 1, 0)])
-
-
 # ------------------------------------------------------------------------------------------------
-# 7. Checkpoints and killed runs
+# 5. Checkpoints and killed runs
 # ------------------------------------------------------------------------------------------------
 
 
@@ -334,10 +348,10 @@ def draw(step):
     return [gp_env.expert_conversation(rng) for _ in range(3)]
 
 
-def short_run(backbone, folder, **how):
+def short_run(backbone, folder, stop_at=6, **how):
     """Six steps of SFT on a copy of the model, as a new process would do them."""
-    return sft.train(copy.deepcopy(backbone), draw, folder, steps=6, lr=1e-3, warmup=2,
-                     save_at={2, 4, 6}, micro_batch=2, **how)
+    return sft.train(copy.deepcopy(backbone), draw, folder, stop_at,
+                     lambda step: sft.learning_rate(step, 6, 1e-3, 2), {2, 4}, micro_batch=2, **how)
 
 
 def assert_same_run(one, other):
@@ -352,65 +366,55 @@ def assert_same_run(one, other):
 
 KILLS = {"between two checkpoints": (sft, "sft_loss", 4, False),
          "before the first checkpoint": (sft, "sft_loss", 2, False),
-         "before the metrics are written": (sft.Metrics, "write", 2, False),
          "after the metrics are written": (sft.Metrics, "write", 2, True),
          "in the middle of a checkpoint": (torch, "save", 2, False),
          "just after a checkpoint": (sft, "save_checkpoint", 2, True)}
 
 
-@pytest.mark.parametrize("moment", KILLS)
-def test_killed_and_resumed_is_bit_for_bit_the_same(tiny, tmp_path, monkeypatch, moment):
+def test_killed_and_resumed_is_bit_for_bit_the_same(tiny, tmp_path, monkeypatch):
     """Catches state that a resume forgets: optimizer, step, data order, token count, metrics."""
     short_run(tiny, tmp_path / "unbroken")
-    with monkeypatch.context() as patch:
-        kill_at(patch, *KILLS[moment])
-        with pytest.raises(Killed):
-            short_run(tiny, tmp_path / "killed")
-    short_run(tiny, tmp_path / "killed", resume=True)
-    assert_same_run(tmp_path / "unbroken", tmp_path / "killed")
-    assert len(rows_of(tmp_path / "killed" / "metrics.jsonl")) == 3
+    for moment, kill in KILLS.items():
+        with monkeypatch.context() as patch:
+            kill_at(patch, *kill)
+            with pytest.raises(Killed):
+                short_run(tiny, tmp_path / moment)
+        short_run(tiny, tmp_path / moment, resume=True)
+        assert_same_run(tmp_path / "unbroken", tmp_path / moment)
+        assert [row["step"] for row in rows_of(tmp_path / moment / "metrics.jsonl")] == [2, 4, 6]
+
+
+def test_sigkill_and_resume_in_a_process_of_its_own(model, tmp_path):
+    """Catches what only a real kill leaves behind: no exception, no clean-up, buffers lost."""
+    backbone, killed = sft.load_backbone(model), tmp_path / "killed"
+    kill_when(f"import sft, test_sft; test_sft.short_run(sft.load_backbone({str(model)!r}), "
+              f"{str(killed)!r})", killed / "step-000002")
+    assert len(sft.checkpoints(killed)) < 3, "it was too late: this tests nothing"
+    short_run(backbone, killed, resume=True)
+    short_run(backbone, tmp_path / "unbroken")
+    assert_same_run(tmp_path / "unbroken", killed)
 
 
 def test_stopped_early_and_resumed_is_the_same(tiny, tmp_path):
-    """Catches a schedule that depends on where the run stops and not on its planned length."""
+    """Catches a schedule that depends on where the run stops, and leftovers of a save that was
+    under way when the machine went down."""
     short_run(tiny, tmp_path / "unbroken")
     short_run(tiny, tmp_path / "stopped", stop_at=4)
+    newest = sft.checkpoints(tmp_path / "stopped")[-1][1]
+    shutil.copytree(newest, newest.with_name(".step-000006.tmp"))
+    (newest.with_name(".step-000006.tmp") / "state.pt").write_bytes(b"PK\x03\x04half")
+    (tmp_path / "stopped" / "step-000006").mkdir()          # nor is an empty folder a checkpoint
+    (tmp_path / "stopped" / "metrics.jsonl").open("a").write('{"step": 6, "lo')
     assert [step for step, _ in sft.checkpoints(tmp_path / "stopped")] == [2, 4]
     short_run(tiny, tmp_path / "stopped", resume=True)
     assert_same_run(tmp_path / "unbroken", tmp_path / "stopped")
 
 
-def test_leftovers_of_a_killed_save_are_no_checkpoint(tiny, tmp_path):
-    """Catches a resume from a folder that was being written when the machine went down."""
-    short_run(tiny, tmp_path / "unbroken")
-    short_run(tiny, tmp_path / "killed", stop_at=4)
-    newest = sft.checkpoints(tmp_path / "killed")[-1][1]
-    shutil.copytree(newest, newest.with_name(".step-000006.123.tmp"))
-    (newest.with_name(".step-000006.123.tmp") / "state.pt").write_bytes(b"PK\x03\x04half")
-    (tmp_path / "killed" / "step-000006").mkdir()           # nor is an empty folder
-    (tmp_path / "killed" / "metrics.jsonl").open("a").write('{"step": 6, "lo')
-    assert [step for step, _ in sft.checkpoints(tmp_path / "killed")] == [2, 4]
-    short_run(tiny, tmp_path / "killed", resume=True)
-    assert_same_run(tmp_path / "unbroken", tmp_path / "killed")
-
-
-def test_kill_between_the_two_moves_of_a_save_loses_nothing(tiny, tmp_path):
-    """Catches a clean-up that deletes the only copy: old one set aside, new one not in place."""
-    whole = tmp_path / "step-000001"
-    sft.save_checkpoint(whole, tiny, {"tokens": 1})
-    before = files_of(whole)
-    whole.rename(tmp_path / ".step-000001.77.old")
-    sft.clear_up(tmp_path)
-    assert files_of(whole) == before
-    # killed one moment later: the new one is in place, the old one is only rubbish
-    shutil.copytree(whole, tmp_path / ".step-000001.77.old")
-    (tmp_path / ".args.json.77.tmp").write_text("{")
-    sft.clear_up(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Killed()])
-def test_failed_save_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("error, word", [
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"), "--resume"),
+    (Killed(), "")])
+def test_failed_save_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, error, word):
     """Catches a checkpoint written in place, which a full disk turns into half of one."""
     folder = tmp_path / "step-000001"
     sft.save_checkpoint(folder, tiny, {"tokens": 1})
@@ -422,31 +426,29 @@ def test_failed_save_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, erro
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(type(error)):
-            sft.save_checkpoint(folder, tiny, {"tokens": 2})
-        with pytest.raises(type(error)):
-            sft.save_checkpoint(tmp_path / "step-000002", tiny, {"tokens": 2})
+        for name in (folder, tmp_path / "step-000002"):
+            with pytest.raises((sft.Problem, Killed), match=word or None):
+                sft.save_checkpoint(name, tiny, {"tokens": 2})
     assert files_of(folder) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-    sft.save_checkpoint(folder, tiny, {"tokens": 3})
+    assert sft.checkpoints(tmp_path) == [(1, folder)]
+    for name in (folder, tmp_path / "step-000002"):
+        sft.save_checkpoint(name, tiny, {"tokens": 3})
     assert sft.load_state(folder) == {"tokens": 3}
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"]
 
 
-def test_a_disk_that_is_full_is_named(tiny, tmp_path, monkeypatch):
-    """Catches the traceback that torch makes of a full disk, and checkpoints lost to it."""
-    folder = tmp_path / "step-000001"
-    sft.save_checkpoint(folder, tiny, {"tokens": 1})
-    before = files_of(folder)
+def test_the_disk_is_blamed_only_when_it_is_full(tiny, tmp_path, monkeypatch):
+    """Catches "is the disk full?" for a model that cannot be written, and the reason cut away."""
+    def broken(*_, **__):
+        raise ValueError("weights of two layers share memory")
 
-    def full(value, path):
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises(sft.Problem, match="disk full"):
-            sft.save_checkpoint(folder, tiny, {"tokens": 2})
-    assert files_of(folder) == before and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(tiny.model, "save_pretrained", broken)
+    with pytest.raises(sft.Problem, match="share memory") as found:
+        sft.save_checkpoint(tmp_path / "step-000001", tiny)
+    assert "disk is full" not in str(found.value)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=1000))
+    with pytest.raises(sft.Problem, match="disk is full"):
+        sft.save_checkpoint(tmp_path / "step-000001", tiny)
 
 
 def test_checkpoint_is_moved_into_place(tiny, tmp_path, monkeypatch):
@@ -462,20 +464,6 @@ def test_checkpoint_is_moved_into_place(tiny, tmp_path, monkeypatch):
     assert written == [(tmp_path / "step-000001").stat().st_ino]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing"])
-def test_damaged_state_is_refused(tmp_path, damage):
-    """Catches a damaged file that ends in a traceback, or worse, in a fresh start."""
-    path = tmp_path / "state.pt"
-    torch.save({"tokens": 1, "weights": torch.arange(1000.0)}, path)
-    whole = path.read_bytes()
-    {"cut": lambda: path.write_bytes(whole[:len(whole) // 2]),
-     "empty": lambda: path.write_bytes(b""),
-     "text": lambda: path.write_text("not a checkpoint"),
-     "missing": path.unlink}[damage]()
-    with pytest.raises(sft.Problem, match="state.pt"):
-        sft.load_state(tmp_path)
-
-
 class Touch:
     """A pickle that creates a file when it is read: the classic attack by a shared checkpoint."""
 
@@ -486,12 +474,53 @@ class Touch:
         return open, (str(self.path), "w")
 
 
-def test_state_that_runs_code_is_refused(tmp_path):
-    """Catches torch.load without weights_only: a downloaded checkpoint could run any program."""
-    torch.save({"tokens": Touch(tmp_path / "owned")}, tmp_path / "state.pt")
-    with pytest.raises(sft.Problem):
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing", "code", "list", "count"])
+def test_damaged_state_is_refused(tmp_path, damage):
+    """Catches a damaged file that ends in a traceback or a fresh start, and torch.load without
+    weights_only: a downloaded checkpoint could run any program."""
+    path = tmp_path / "state.pt"
+    torch.save({"tokens": 1, "weights": torch.arange(1000.0)}, path)
+    whole = path.read_bytes()
+    {"cut": lambda: path.write_bytes(whole[:len(whole) // 2]),
+     "empty": lambda: path.write_bytes(b""),
+     "text": lambda: path.write_text("not a checkpoint"),
+     "missing": path.unlink,
+     "code": lambda: torch.save({"tokens": Touch(tmp_path / "owned")}, path),
+     "list": lambda: torch.save([1, 2], path),
+     "count": lambda: torch.save({"tokens": "1"}, path)}[damage]()
+    with pytest.raises(sft.Problem, match="state.pt"):
         sft.load_state(tmp_path)
     assert not (tmp_path / "owned").exists()
+
+
+def test_damage_in_the_middle_of_a_file_is_named(tmp_path):
+    """Catches rows that are dropped for good because one before them cannot be read."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{bro\n{"step": 3}\n')
+    with pytest.raises(sft.Problem, match="line 2"):
+        sft.Metrics(tmp_path, resume_at=3)
+    assert path.read_text().count("\n") == 3
+    path.write_text('{"step": 1}\n{bro')
+    assert sft.read_lines(path) == [{"step": 1}]
+
+
+def test_a_run_folder_has_one_owner(tmp_path):
+    """Catches two runs that write into one folder, and a lock that outlives a kill."""
+    args, folder = sft.flags(["--resume"]), tmp_path / "run"
+
+    def find_it_taken():
+        with pytest.raises(sft.Problem, match="in use"):
+            sft.open_run(folder, args, "sft")
+
+    kill_when(f"import time, sft; sft.open_run({str(folder)!r}, sft.flags(['--resume']), 'sft'); "
+              "time.sleep(600)", folder / "args.json", then=find_it_taken)
+    assert sft.open_run(folder, args, "sft") == folder
+    let_go()
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Other models
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -524,17 +553,6 @@ def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path):
         sft.load_backbone(tmp_path / "model")
 
 
-def test_damage_in_the_middle_of_a_file_is_named(tmp_path):
-    """Catches rows that are dropped for good because one before them cannot be read."""
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{bro\n{"step": 3}\n')
-    with pytest.raises(sft.Problem, match="line 2"):
-        sft.Metrics(tmp_path, resume_at=3)
-    assert path.read_text().count("\n") == 3
-    path.write_text('{"step": 1}\n{bro')
-    assert sft.read_lines(path) == [{"step": 1}]
-
-
 @pytest.mark.parametrize("name", ["nowhere", "/no/such/place", "a/b/c", "."])
 def test_missing_model_folder_is_refused(tmp_path, monkeypatch, name):
     """Catches a typo in a path that is looked for on the hub, with a long wait for the network."""
@@ -553,27 +571,30 @@ def test_saved_and_loaded_model_is_the_same(tiny, tmp_path):
         assert getattr(loaded, name) == getattr(tiny, name)
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. Other models
-# ------------------------------------------------------------------------------------------------
+def test_sampling_settings_of_a_model_are_not_kept(tiny, tmp_path):
+    """Catches settings that contradict each other: they load, and cannot be saved after hours."""
+    sft.save_checkpoint(tmp_path / "model", tiny)
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(
+        {"do_sample": False, "temperature": 0.9, "eos_token_id": [tiny.end_ids[0], 7]}))
+    loaded = sft.load_backbone(tmp_path / "model")
+    sft.save_checkpoint(tmp_path / "again", loaded)
+    assert sft.load_backbone(tmp_path / "again").end_ids == [tiny.end_ids[0], 7]
 
 
-def text_model(kind, tokenizer):
-    """A tiny text-only model of a class from the hub, with random weights."""
-    import transformers
-    config, model = {"llama": ("LlamaConfig", "LlamaForCausalLM"),
-                     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM")}[kind]
+def text_model(kind, tokenizer, **changes):
+    """A tiny text-only model of a class from the hub, random weights. changes: of its config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     end = tokenizer.eos_token_id
+    config = AutoConfig.for_model(kind, **dict(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=64, initializer_range=0.2,
+        eos_token_id=end, bos_token_id=end, pad_token_id=tokenizer.pad_token_id) | changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = getattr(transformers, model)(getattr(transformers, config)(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, intermediate_size=64, initializer_range=0.2, eos_token_id=end,
-            bos_token_id=end, pad_token_id=tokenizer.pad_token_id))
-    return made.eval()
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
 def test_text_models_load_and_agree_with_themselves(tiny, tmp_path, kind):
     """Catches code that only knows the small backbone's class: heads, positions, key sharing."""
     import evaluate
@@ -583,38 +604,71 @@ def test_text_models_load_and_agree_with_themselves(tiny, tmp_path, kind):
     backbone = sft.load_backbone(tmp_path / kind)
     assert backbone.end_ids == tiny.end_ids and backbone.before_answer == tiny.before_answer
     check_shift(sft.token_logprobs, backbone)
-    for keep_cache in (True, False):
-        envs = [Rigged(solve_at) for solve_at in (1, 3, 6)]
-        episodes = evaluate.play(backbone, envs, range(3), 0.6, 6,
-                                 torch.Generator().manual_seed(1), keep_cache)
-        assert_sampler_agrees(backbone, episodes, 0.6)
+    envs = [Rigged(solve_at, forget=solve_at == 3) for solve_at in (1, 3, 6)]
+    episodes = evaluate.play(backbone, envs, range(3), 0.6, 6, torch.Generator().manual_seed(1))
+    assert_sampler_agrees(backbone, episodes, 0.6)
 
 
-def test_capped_logits_are_read_right_or_refused(tiny):
-    """Catches models that bend their logits after the last matrix: log p would not be theirs."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Gemma2ForCausalLM(Gemma2Config(
-            vocab_size=len(tiny.tokenizer), hidden_size=32, num_hidden_layers=2, head_dim=16,
-            num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
-            initializer_range=0.2, final_logit_softcapping=3.0)).eval()
-    try:
-        backbone = sft.wrap_backbone(model, tiny.tokenizer)
-    except sft.Problem:
-        return
-    check_shift(sft.token_logprobs, backbone)
+@pytest.mark.parametrize("kind, changes", [
+    ("granite", {"logits_scaling": 8.0}), ("gemma2", {"final_logit_softcapping": 3.0}),
+    ("cohere", {"logit_scale": 0.25}), ("gemma2", {"layer_types": ["chunked_attention"] * 2,
+                                                   "final_logit_softcapping": None})])
+def test_models_that_would_be_read_wrong_are_refused(tiny, kind, changes):
+    """Catches models that bend their logits behind the last matrix: temperature 0.6 would act as
+    0.075, and sampler and update would agree on it."""
+    with pytest.raises(sft.Problem, match="logits|layers"):
+        sft.wrap_backbone(text_model(kind, tiny.tokenizer, **changes), tiny.tokenizer)
 
 
-def test_layers_with_a_window_are_refused(tiny):
-    """Catches a window counted in columns of the cache, which have gaps, and not in tokens."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-    model = Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=len(tiny.tokenizer), hidden_size=32, num_hidden_layers=2, head_dim=16,
-        num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
-        final_logit_softcapping=None, sliding_window=8))
-    with pytest.raises(sft.Problem, match="windows"):
-        sft.wrap_backbone(model, tiny.tokenizer)
+def test_logits_that_are_not_scaled_are_fine(tiny):
+    """Catches a class that is refused by its name."""
+    check_shift(sft.token_logprobs, sft.wrap_backbone(
+        text_model("granite", tiny.tokenizer, logits_scaling=1.0), tiny.tokenizer))
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("mistral", {"sliding_window": 32}), ("llama", {"max_position_embeddings": 128})])
+def test_a_model_that_is_too_short_is_refused(tiny, kind, changes):
+    """Catches a conversation that outgrows the model, or the window of its attention."""
+    args = sft.flags([])
+    key, = changes
+    needed = 60 + 5 * (16 + 16)         # tokens of a prompt; answer and message, five times
+    for size, tries in ((changes[key], 1), (needed, 5)):
+        backbone = sft.wrap_backbone(text_model(kind, tiny.tokenizer, **{key: size}),
+                                     tiny.tokenizer)
+        with pytest.raises(sft.Problem, match="tokens"):
+            sft.answer_length(backbone, args, tries)
+    backbone = sft.wrap_backbone(text_model(kind, tiny.tokenizer, **{key: 4096}), tiny.tokenizer)
+    assert sft.answer_length(backbone, args, 5) > 30
+
+
+def test_answers_are_as_long_as_the_tokenizer_makes_them(tiny, capsys):
+    """Catches a fixed length that cuts right answers off: more under one rule than another."""
+    class Spelling:
+        """A tokenizer that needs a token for each letter."""
+
+        def __init__(self, plain):
+            self.plain = plain
+
+        def __call__(self, text, **how):
+            return {"input_ids": [i for letter in text for i in self.plain(letter, **how)[
+                "input_ids"]]}
+
+        def __getattr__(self, name):
+            return getattr(self.plain, name)
+
+    found = {}
+    for name, tokenizer in (("phrases", tiny.tokenizer), ("letters", Spelling(tiny.tokenizer))):
+        tiny.tokenizer, args = tokenizer, sft.flags([])
+        found[name] = sft.answer_length(tiny, args)
+        for rule in ("ten", "face"):
+            rng = np.random.default_rng(5)
+            longest = max(sum(sft.encode(tiny, gp_env.expert_conversation(rng, rule=rule))["mask"])
+                          for _ in range(40))
+            assert longest < found[name] < 2 * longest
+    assert found["letters"] > found["phrases"] + 20 and capsys.readouterr().out == ""
+    assert sft.answer_length(tiny, sft.flags(["--max-new-tokens", "9"])) == 9
+    assert "--max-new-tokens 9 cuts off" in capsys.readouterr().out
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny, tmp_path):
@@ -633,6 +687,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny, tmp_path):
     assert loss == loss2 and torch.equal(plain, recomputed)
 
 
+TURNS = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+OPENING = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 BAD_TEMPLATES = {
     "none at all": None,
     "no end of turn": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
@@ -643,6 +699,9 @@ BAD_TEMPLATES = {
         "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}<|end|>{% endfor %}",
     "one that refuses": "{{ raise_exception('roles must alternate') }}",
     "one that is no template": "{% for m in messages %}",
+    "one that does not open the answer": TURNS,
+    "one that opens it in another way": TURNS + "{% if add_generation_prompt %}<|assistant|>"
+                                                "Think.{% endif %}",
 }
 
 
@@ -654,44 +713,36 @@ def test_model_that_cannot_chat_is_refused(tiny, case):
         sft.wrap_backbone(tiny.model, tiny.tokenizer)
 
 
+def test_a_space_before_the_end_of_a_turn_is_markup(tiny):
+    """Catches Llama 2's template, refused for a false reason."""
+    tiny.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>[INST] {{ m['content'] }} "
+        "[/INST]{% else %} {{ m['content'] }} <|end|>{% endif %}{% endfor %}")
+    found = sft.wrap_backbone(tiny.model, tiny.tokenizer)
+    assert (found.before_first, found.before_answer) == ("<|user|>[INST] ", " [/INST]")
+    assert (found.end_ids[0], found.before_next) == (tiny.end_ids[0], "<|user|>[INST] ")
+
+
+def test_a_clock_in_a_template_stands_still(tiny, tmp_path):
+    """Catches a prompt that changes overnight: a resumed run would be another run."""
+    tiny.tokenizer.chat_template = "<|user|>{{ strftime_now('%d %B %Y %H:%M') }}" + TURNS + OPENING
+    found = sft.wrap_backbone(tiny.model, tiny.tokenizer)
+    assert found.before_first == "<|user|>26 Jul 2024<|user|>"
+    sft.save_checkpoint(tmp_path / "model", found)
+    assert sft.load_backbone(tmp_path / "model").before_first == found.before_first
+
+
 # ------------------------------------------------------------------------------------------------
 # The run of a task
 # ------------------------------------------------------------------------------------------------
 
 
-def run_settings(model, **changes):
-    """The flags of sft.py for a run of a second."""
-    return argparse.Namespace(**{
-        "task": "gp-l", "model": str(model), "split": "train", "seed": 0, "ood": False,
-        "device": "cpu", "threads": 0, "grad_checkpoint": False, "micro_batch": 64, "steps": 4,
-        "start_step": 2, "batch": 4, "lr": 1e-3, "save_every": 4, "resume": False, "freeze": None,
-        "drop_pictures": False, "dtype": "float32", "preset": None}
-        | changes)
-
-
-def test_start_of_rl_is_a_point_of_the_longer_run(tiny, tmp_path):
-    """Catches a comparison of RL and SFT that do not come from the same start."""
-    sft.save_checkpoint(tmp_path / "model", tiny)
-    args = run_settings(tmp_path / "model")
-    start = sft.run_sft(args, tmp_path / "start", stop_at=2)
-    sft.run_sft(args, tmp_path / "whole")
-    assert start.name == "step-000002"
-    assert same(sft.load_backbone(start).model.state_dict(),
-                sft.load_backbone(tmp_path / "whole" / start.name).model.state_dict())
-
-
 def test_training_sees_no_held_out_hand(tiny, tmp_path, monkeypatch):
     """Catches test hands that leak into SFT, and a data order that ignores seed or step."""
-    sft.save_checkpoint(tmp_path / "model", tiny)
-    caught = {}
-
-    def instead(backbone, draw, *args, **kwargs):
-        caught["draw"] = draw
-
-    monkeypatch.setattr(sft, "train", instead)
-    seen = {}
+    caught, seen = {}, {}
+    monkeypatch.setattr(sft, "train", lambda backbone, draw, *_, **__: caught.update(draw=draw))
     for seed in (0, 1):
-        sft.run_sft(run_settings(tmp_path / "model", seed=seed, batch=50), tmp_path / "run")
+        sft.run_sft(sft.flags(["--seed", str(seed), "--batch", "50"]), tmp_path, 2, tiny)
         for step in (0, 1):
             texts = [talk[0]["content"] for talk in caught["draw"](step)]
             assert texts == [talk[0]["content"] for talk in caught["draw"](step)]
@@ -701,6 +752,29 @@ def test_training_sees_no_held_out_hand(tiny, tmp_path, monkeypatch):
                 assert gp_env.split_of(cards) == "train"
                 assert "J = 10, Q = 10, K = 10" in text
     assert len(set(map(tuple, seen.values()))) == 4
+
+
+def test_a_start_is_known_by_its_content(model, tmp_path, monkeypatch):
+    """Catches "made by an earlier run" for other weights, other flags or another prompt."""
+    shutil.copytree(model, tmp_path / "model")
+    here, flags = sft.HERE, ["--model", str(tmp_path / "model")]
+    found = sft.content_digest(sft.flags(flags))
+    for alike in (["--out", "elsewhere"], ["--threads", "1"], ["--ood"], ["--micro-batch", "2"],
+                  ["--model", f"{tmp_path}/model/"]):
+        assert sft.content_digest(sft.flags(flags + alike)) == found, alike
+    for other in (["--lr", "0.01"], ["--seed", "1"], ["--split", "all"], ["--dtype", "bfloat16"]):
+        assert sft.content_digest(sft.flags(flags + other)) != found, other
+    (tmp_path / "code").mkdir()
+    for name in ("verifier", "gp_env", "virl_env", "sft"):
+        shutil.copy(here / f"{name}.py", tmp_path / "code")
+    monkeypatch.setattr(sft, "HERE", tmp_path / "code")
+    assert sft.content_digest(sft.flags(flags)) == found
+    (tmp_path / "code" / "gp_env.py").open("a").write("# another prompt\n")
+    assert sft.content_digest(sft.flags(flags)) != found
+    monkeypatch.setattr(sft, "HERE", here)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert sft.content_digest(sft.flags(flags)) != found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -717,28 +791,18 @@ def test_training_sees_no_held_out_hand(tiny, tmp_path, monkeypatch):
     (["--lr", "-1"], ["--lr"]),
     (["--lr", "nan"], ["--lr"]),
     (["--seed", "-1"], ["--seed"]),
-    (["--device", "abacus"], ["--device", "abacus"]),
-    (["--device", "meta"], ["--device", "meta"]),           # known to torch, of no use here
-    (["--device", "cuda"], ["--device", "GPU"]),
-    (["--resume"], ["--resume"]),
-    (["--out", "model/config.json"], ["config.json"]),
+    (["--out", "file"], ["file"]),
     (["--out", ""], ["--out", "empty"]),
-    (["--out", "orphan"], ["orphan", "args.json"]),
-    (["--device", "cpu:5"], ["--device", "cpu:5"]),
-    (["--threads", "100000"], ["--threads", "cores"]),
-    (["--steps", "2", "--stop-step", "6"], ["--stop-step"]),
+    (["--out", "orphan"], ["orphan"]),
     (["--picture-size", "640x320"], ["--picture-size", "gp-l"]),
-    (["--build", "gp", "--dry-run"], ["--build", "--dry-run"]),
 ])
-def test_bad_flags_end_in_one_line(tiny, tmp_path, monkeypatch, capsys, flags, words):
+def test_bad_flags_end_in_one_line(model, tmp_path, monkeypatch, capsys, flags, words):
     """Catches a traceback, a silent default, and an exit code 0 after nothing was done."""
-    if flags == ["--device", "cuda"] and torch.cuda.is_available():
-        pytest.skip("there is a GPU here: --device cuda is fine")
-    sft.save_checkpoint(tmp_path / "model", tiny)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "orphan").mkdir()
-    (tmp_path / "orphan" / "metrics.jsonl").write_text("")
-    basis = [] if "--model" in flags else ["--model", "model"]
+    (tmp_path / "orphan" / "step-000001").mkdir(parents=True)
+    (tmp_path / "orphan" / "step-000001" / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    basis = [] if "--model" in flags else ["--model", model]
     code, error = command(monkeypatch, capsys, sft, *basis, *flags)
     assert_one_line(code, error, "sft.py: ", *words)
 
@@ -750,34 +814,42 @@ def test_unknown_flags_exit_with_2(monkeypatch, capsys, flags):
     assert code == 2 and "error:" in error and "Traceback" not in error
 
 
-def test_run_folders_are_not_mixed_up(tiny, tmp_path, monkeypatch, capsys):
-    """Catches a run that overwrites another, or goes on with other settings than before."""
-    sft.save_checkpoint(tmp_path / "model", tiny)
+def test_run_folders_are_not_mixed_up(model, tmp_path, monkeypatch, capsys):
+    """Catches a run that overwrites another, or goes on with other settings than before; a folder
+    claimed by a typo; a --resume that is advised and refused; a next command that breaks."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", "model", "--steps", 2, "--start-step", 1, "--batch", 2, "--out", "run"]
-    code, error = command(monkeypatch, capsys, sft, *flags)
-    assert code == 0, error
-    before = files_of(tmp_path / "run" / "step-000002")
-    assert_one_line(*command(monkeypatch, capsys, sft, *flags), "--resume", "run")
-    assert_one_line(*command(monkeypatch, capsys, sft, *flags, "--resume", "--seed", 1), "--seed")
-    assert_one_line(*command(monkeypatch, capsys, sft, *flags[:2], *flags[4:], "--resume"),
-                    "--steps")
-    # what the out-of-memory line advises must be possible
-    code, error = command(monkeypatch, capsys, sft, *flags, "--resume", "--micro-batch", 1)
-    assert code == 0, error
-    assert files_of(tmp_path / "run" / "step-000002") == before
-    (tmp_path / "run" / "args.json").write_text('{"kind": "sft"')
-    assert_one_line(*command(monkeypatch, capsys, sft, *flags, "--resume"), "args.json")
+    monkeypatch.setattr(sft, "start_step", lambda args: 2)
+    shutil.copytree(model, "a model")
+    flags = ["--model", "a model", "--steps", 2, "--batch", 2, "--max-new-tokens", 40, "--dtype",
+             "bfloat16", "--out", "my run"]
 
+    def go(*more):
+        return command(monkeypatch, capsys, sft, *flags, *more)
 
-def test_a_typo_does_not_use_up_the_run_folder(tiny, tmp_path, monkeypatch, capsys):
-    """Catches a folder claimed before the model was found: the corrected command is refused."""
-    sft.save_checkpoint(tmp_path / "model", tiny)
-    monkeypatch.chdir(tmp_path)
-    flags = ["--steps", "1", "--batch", "2", "--out", "run"]
-    assert_one_line(*command(monkeypatch, capsys, sft, "--model", "modle", *flags), "modle")
-    code, error = command(monkeypatch, capsys, sft, "--model", "model", *flags)
+    assert_one_line(*go("--model", "modle"), "modle")
+    # stopped in its first seconds, in the folder or before there is one: --resume begins
+    with monkeypatch.context() as patch:
+        kill_at(patch, sft, "sft_loss", 1)
+        with pytest.raises(Killed):
+            go()
+    code, out, error = shown(monkeypatch, capsys, sft, *flags, "--resume")
     assert code == 0, error
+    python, script, *words = shlex.split(out.splitlines()[-1])
+    again = evaluate.flags(words)
+    assert (python, script, again.run) == ("python", "evaluate.py", "my run")
+    assert (again.dtype, again.max_new_tokens) == ("bfloat16", 40)
+    assert [row["step"] for row in rows_of(tmp_path / "my run" / "metrics.jsonl")] == [2]
+    before = files_of(tmp_path / "my run" / "step-000002")
+    assert_one_line(*go(), "--resume", "my run")
+    assert_one_line(*go("--resume", "--seed", 1), "--seed")
+    assert_one_line(*go("--resume", "--steps", 3), "--steps")
+    assert_one_line(*go("--resume", "--model", model), "--model")
+    # what the out-of-memory line advises must be possible, and a path may be spelt in two ways
+    code, error = go("--resume", "--micro-batch", 1, "--model", f"{tmp_path}/a model/")
+    assert code == 0, error
+    assert files_of(tmp_path / "my run" / "step-000002") == before
+    (tmp_path / "my run" / "args.json").write_text('{"kind": "sft"')
+    assert_one_line(*go("--resume"), "args.json")
 
 
 @pytest.mark.parametrize("error, code, word", [
@@ -807,3 +879,16 @@ def test_programming_errors_are_not_hidden():
 
     with pytest.raises(ValueError):
         sft.guarded(main)
+
+
+def test_a_terminal_that_knows_only_ascii_and_one_that_has_seen_enough(monkeypatch):
+    """Catches results that are lost because a model said what the terminal cannot print, and
+    advice about the disk for `| head`."""
+    reading, writing = os.pipe()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", open(writing, "w", encoding="ascii"))
+        assert sft.guarded(lambda: print("24 \N{PLAYING CARD ACE OF SPADES}")) == 0
+        assert os.read(reading, 100) == b"24 ?\n"
+        os.close(reading)
+        assert sft.guarded(lambda: print("nobody reads this")) == 0
+        sys.stdout.close()

@@ -23,7 +23,7 @@ import pytest
 
 import verifier
 from gp_env import Hand, prompt
-from verifier import (GP_MESSAGES, GP_REWARDS, ILLEGAL_WHY, VIRL_MESSAGES, VIRL_REWARDS,
+from verifier import (GP_MESSAGES, GP_REWARDS, ILLEGAL_WHY, VIRL_MESSAGES, VIRL_REWARDS, compare,
                       parse_formula, read_action, read_claims, read_walk, verify_gp, verify_virl)
 
 # ------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ CASES = [
     ("equation turned round", strict("24=8/(3-8/3)"), EIGHTS, "illegal", "the formula should end"),
     ("a sum right of the =", strict("8/(3-8/3)=20+4"), EIGHTS, "illegal", "the formula should end"),
     ("decimals", strict("8.0/(3-8/3)=24"), EIGHTS, "illegal", "'.': only numbers and"),
-    ("leading zero", strict("08/(3-8/3)=24"), EIGHTS, "illegal", "'08': only numbers and"),
+    ("leading zero", strict("08/(3-8/3)=24"), EIGHTS, "illegal", "'08': a number has no zero"),
     ("superscript digit", strict("5²-1+5-5=24"), ACE_FIVES, "illegal", "only numbers and"),
     ("full-width digit", strict("８/(3-8/3)=24"), EIGHTS, "illegal", "only numbers and"),
     ("150 digits", strict("9" * 150 + "=24"), EIGHTS, "illegal", "the number is too long"),
@@ -128,6 +128,22 @@ CASES = [
     ("a formula that is no text", strict(24), EIGHTS, "illegal", "a number or ( should stand"),
     ("21 brackets deep", strict("(" * 21 + "1*2" + ")" * 21 + "*3*4=24"), ONE_TO_FOUR, "illegal",
      "too many brackets"),
+    # --- habits of chat models that are not in the grammar: refused, and the message says where
+    ("LaTeX", strict("1\\times2\\times3\\times4=24"), ONE_TO_FOUR, "illegal", "'\\': only numbers"),
+    ("LaTeX that JSON reads as a tab", '{"formula": "1\\times2*3*4=24"}', ONE_TO_FOUR, "illegal",
+     "'i': only numbers"),
+    ("a full stop at the end", strict("8/(3-8/3)=24."), EIGHTS, "illegal", "'.': only numbers"),
+    ("the formula in prose first", "The formula: 8/(3-8/3)=24. " + strict("8/(3-8/3)=24"), EIGHTS,
+     "illegal", "give one formula only"),
+    # --- special tokens of a chat, which a careless caller leaves out: this would read 10*2+3+1
+    ("a special token in a number", '{"formula": "1<|im_start|>0*2+3+1=24"}', COURT, "illegal",
+     "'<': only numbers"),
+    ("a special token in a loose formula", "formula: 8/(3-8<|end|>/3)=24", EIGHTS, "illegal",
+     "'<': only numbers"),
+    ("special tokens around the object", "<|begin|>" + strict("8/(3-8/3)=24") + "<|im_end|></s>",
+     EIGHTS, "correct", "Correct."),
+    ("a special token on the next line", "formula: 8/(3-8/3)=24\n<|im_end|>", EIGHTS, "correct",
+     "Correct."),
     # --- not one formula
     ("empty answer", "", EIGHTS, "illegal", "there is no formula field"),
     ("an equation without its field", "8/(3-8/3)=24", EIGHTS, "illegal", "there is no formula"),
@@ -137,6 +153,9 @@ CASES = [
      "give one formula only"),
     ("the same formula twice", "formula: 8/(3-8/3)=24 formula: 8/(3-8/3)=24", EIGHTS, "illegal",
      "give one formula only"),
+    ("a list of pairs is no object", '[["formula", "8/(3-8/3)=24"]]', EIGHTS, "illegal",
+     "there is no formula field"),
+    ("a list of numbers", "[8, 3]", EIGHTS, "illegal", "there is no formula field"),
     ("an echo of the prompt", prompt(HAND), EIGHTS, "illegal", "illegal formula at"),
     ("an echo, then the right answer", prompt(HAND) + strict("8/(3-8/3)=24"), EIGHTS, "illegal",
      "give one formula only"),
@@ -147,13 +166,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("what, answer, hand, kind, piece", CASES, ids=[case[0] for case in CASES])
-def test_worked_case(what, answer, hand, kind, piece):
-    """A case of the table is judged otherwise than the table says."""
+@pytest.mark.parametrize("what, answer, hand, kind, _", CASES, ids=[case[0] for case in CASES])
+def test_kind_of_a_case(what, answer, hand, kind, _):
+    """A case of the table is paid otherwise than the table says."""
     verdict = verify_gp(answer, *hand)
-    assert verdict.kind == kind
-    assert piece in verdict.message
-    assert verdict.reward == GP_REWARDS[kind]
+    assert (verdict.kind, verdict.reward) == (kind, GP_REWARDS[kind])
+
+
+@pytest.mark.parametrize("what, answer, hand, _, piece", CASES, ids=[case[0] for case in CASES])
+def test_words_of_a_case(what, answer, hand, _, piece):
+    """The message names another token, or another reason, than the one that is true."""
+    assert piece in verify_gp(answer, *hand).message
 
 
 def test_the_table_shows_every_message():
@@ -217,6 +240,14 @@ def test_parse_formula_returns_value_numbers_and_right_side():
     assert parse_formula("8/(3-8/3)=24") == (Fraction(24), [8, 3, 8, 3], 24)
     assert parse_formula("1+2*(3-4)") == (Fraction(-1), [1, 2, 3, 4], None)
     assert parse_formula("1/3") == (Fraction(1, 3), [1, 3], None)
+
+
+def test_compare():
+    """A number used too often counts as foreign, repeats are listed, or an argument is changed."""
+    used, hand = [13, 9, 9, 8, 8, 8], [8, 3, 8, 3, 1]
+    assert compare(used, hand) == ([9, 13], [8], [1, 3])
+    assert (used, hand) == ([13, 9, 9, 8, 8, 8], [8, 3, 8, 3, 1])
+    assert compare([3, 8], [8, 3]) == ([], [], []) and compare([], [2, 2]) == ([], [], [2])
 
 
 def test_docstring_examples():
@@ -431,7 +462,11 @@ def test_60000_formulas_get_the_kind_of_the_reference():
 
 
 def test_40000_hostile_answers_never_raise_and_are_never_paid_for_nothing():
-    """Some text makes the verifier raise (training dies), or is paid +5 without a right formula."""
+    """Some text makes the verifier raise (training dies), or is paid +5 without a right formula.
+
+    Or penalties add up, as in the released code, where one answer can cost -8; or a message repeats
+    control characters of the answer, or grows with it, in the next turn.
+    """
     chance = random.Random(2)
     paid = 0
     for _ in range(40_000):
@@ -439,6 +474,9 @@ def test_40000_hostile_answers_never_raise_and_are_never_paid_for_nothing():
         answer = random_answer(chance, right)
         verdict = verify_gp(answer, cards, numbers)
         assert verdict.kind in ("correct", "wrong value", "wrong numbers", "illegal")
+        assert verdict.reward == GP_REWARDS[verdict.kind]
+        message = verdict.message
+        assert message.isascii() and message.isprintable() and 0 < len(message) < 120
         if verdict.correct:
             formulas = reference_formulas(answer)
             assert [reference_kind(f, numbers) for f in formulas] == ["correct"], (answer, numbers)
@@ -451,16 +489,14 @@ def test_40000_hostile_answers_never_raise_and_are_never_paid_for_nothing():
 # ------------------------------------------------------------------------------------------------
 
 
-def test_reward_is_the_table_entry_of_the_kind():
-    """Penalties are added up, as in the released code, where one answer can cost -8."""
+def test_a_misread_picture_costs_the_same_whatever_the_kind():
+    """The extra of GP-VL is paid for some kinds only, or changes the kind."""
     chance = random.Random(3)
     for _ in range(3000):
         cards, numbers, right = chance.choice(RIGHT)
         answer = random_answer(chance, right)
-        verdict = verify_gp(answer, cards, numbers)
-        assert verdict.reward == GP_REWARDS[verdict.kind]
-        assert verdict.kind not in ("out of tries", "misread cards")
         seen = verify_gp(answer, cards, numbers, picture=True)
+        assert seen.kind == verify_gp(answer, cards, numbers).kind
         extra = 0 if seen.cards_right else GP_REWARDS["misread cards"]
         assert seen.reward == GP_REWARDS[seen.kind] + extra
 
@@ -469,15 +505,6 @@ def test_reward_table_is_the_papers():
     """A reward was changed without saying so."""
     assert GP_REWARDS == {"correct": 5, "wrong value": -1, "wrong numbers": -2, "illegal": -3,
                           "out of tries": -1, "misread cards": -1.5}
-
-
-def test_messages_are_short_plain_text():
-    """A message repeats control characters of the answer, or grows with it, in the next turn."""
-    chance = random.Random(4)
-    for _ in range(3000):
-        cards, numbers, right = chance.choice(RIGHT)
-        message = verify_gp(random_answer(chance, right), cards, numbers).message
-        assert message.isascii() and message.isprintable() and 0 < len(message) < 120
 
 
 @pytest.mark.parametrize("markup", ["<|end|>", "<|user|>", "<|image|>", "</s>", "[INST]"])
@@ -568,13 +595,13 @@ WALKS = [
      "you are at an intersection; you missed a landmark; that is not in the list"),
     ("nothing said of what is there", "action: forward()", NORTH, "misread", "you missed a landm"),
     # --- not one action
-    ("empty answer", "", NORTH, "wrong action", "there is no action field"),
-    ("an action without its field", "turn_direction(north)", NORTH, "wrong action", "no action fi"),
-    ("another key", '{"move": "turn_direction(north)"}', NORTH, "wrong action", "no action field"),
+    ("empty answer", "", NORTH, "no action", "there is no action field"),
+    ("an action without its field", "turn_direction(north)", NORTH, "no action", "no action fi"),
+    ("another key", '{"move": "turn_direction(north)"}', NORTH, "no action", "no action field"),
     ("key repeated, strict JSON", '{"action": "forward()", "action": "turn_direction(north)"}',
-     NORTH, "wrong action", "give one action only"),
+     NORTH, "no action", "give one action only"),
     ("key repeated, loose", "action: forward()\naction: turn_direction(north)", NORTH,
-     "wrong action", "give one action only"),
+     "no action", "give one action only"),
     ("two actions in one field", says(AT_BANK, "forward() turn_direction(north)"), NORTH,
      "wrong action", "not in the list"),
     ("two directions", says(AT_BANK, "turn_direction(north, south)"), NORTH, "wrong action",
@@ -587,21 +614,27 @@ WALKS = [
      NORTH, "wrong action", "not in the list"),
     ("code", says(AT_BANK, "__import__('os').system('ls')"), NORTH, "wrong action", "not in the l"),
     ("right, then 3,000 spaces", says(AT_BANK, "turn_direction(north)") + " " * 3000, NORTH,
-     "wrong action", "the answer is too long"),
+     "no action", "the answer is too long"),
 ]
 
 
-@pytest.mark.parametrize("what, answer, place, kind, piece", WALKS, ids=[w[0] for w in WALKS])
-def test_worked_walk(what, answer, place, kind, piece):
-    """A case of the table is judged otherwise than the table says."""
+@pytest.mark.parametrize("what, answer, place, kind, _", WALKS, ids=[w[0] for w in WALKS])
+def test_kind_of_a_walk(what, answer, place, kind, _):
+    """A case of the table is paid otherwise than the table says."""
     verdict = verify_virl(answer, *place)
     assert (verdict.kind, verdict.reward) == (kind, VIRL_REWARDS[kind])
-    assert piece in verdict.message
+
+
+@pytest.mark.parametrize("what, answer, place, _, piece", WALKS, ids=[w[0] for w in WALKS])
+def test_words_of_a_walk(what, answer, place, _, piece):
+    """The message names another mistake than the one that was made."""
+    assert piece in verify_virl(answer, *place).message
 
 
 def test_walk_table_is_the_papers_and_every_message_is_shown():
     """A reward was changed without saying so, or a message has no worked case."""
-    assert VIRL_REWARDS == {"correct": 1, "wrong action": -1, "misread": -1.5, "out of tries": -1}
+    assert VIRL_REWARDS == {"correct": 1, "wrong action": -1, "no action": -1, "misread": -1.5,
+                            "out of tries": -1}
     said = " | ".join(verify_virl(answer, *place).message for _, answer, place, _, _ in WALKS)
     for message in VIRL_MESSAGES.values():
         assert message in said, message
@@ -637,8 +670,7 @@ def test_read_action_accepts_the_action_space_and_nothing_else():
         for word in words:
             assert read_action(f"turn_direction({word})", words) == f"turn_direction({word})"
     for text in ("forward(1)", "stop(now)", "forwards()", "turn_direction()", "turn_direction",
-                 "turn_direction((north))", "turn_direction(nort)", "north", "", "forward()()",
-                 "forward()" + " " * 60):
+                 "turn_direction((north))", "turn_direction(nort)", "north", "", "forward()()"):
         assert read_action(text, COMPASS) is None, text
 
 
