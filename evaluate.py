@@ -23,7 +23,7 @@ Shapes: B episodes in a batch, W new tokens of the longest, V vocabulary.
     python evaluate.py --ood --show 2 --model runs/rl-gp-l-s0/step-000020    cells, transcripts
     python evaluate.py --ood --run runs/sft-gp-l-s0                          every checkpoint
 
-On a first reading part 4 can wait. Read before: sft.py. Read next: rl.py.
+Read before: sft.py. Read next: rl.py. On a first reading part 4 can wait.
 """
 
 import argparse
@@ -77,7 +77,6 @@ WALK_CELLS = {
     "fake": {"rule": "relative", "scoring_rule": "absolute"},
 }
 TASK_CELLS = {"gp-l": CELLS, "gp-vl": PICTURE_CELLS, "virl-l": WALK_CELLS, "virl-vl": WALK_CELLS}
-# What a run measures again and again, with --ood
 CURVE_CELLS = {"gp-l": ["id", "ood"], "gp-vl": list(PICTURE_CELLS),
                "virl-l": ["id", "ood", "visual"], "virl-vl": ["id", "ood", "visual"]}
 SPLIT_NAMES = {"train": "seen", "test": "held-out", "val": "validation", "all": "all"}
@@ -677,11 +676,10 @@ def show_more(results):
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in m["errors"].items())
         print(f"\n# {name}: first answers that were wrong: {kinds or 'none'}")
         if "kinds" in m:
-            print("    right tries where the rail goes on:", ", ".join(
+            print("    right tries, the rail going on:", ", ".join(
                 f"{kind} {r['rate']:.1%} of {r['count']}" for kind, r in m["kinds_on"].items()))
-            print(f"    first answers right: landmarks {m['landmarks_present']:.1%} where there is "
-                  f"one, {m['landmarks_empty']:.1%} where there is none; intersection "
-                  f"{m['crossings_read']:.1%}; all that, and the action {m['whole_right']:.1%}")
+            print(f"    landmarks read where there is one {m['landmarks_present']:.1%}, none "
+                  f"{m['landmarks_empty']:.1%}; action and all {m['whole_right']:.1%}")
 
 
 def show_transcripts(episodes, count):
@@ -718,14 +716,11 @@ def flags(argv=None):
     add("--batch", type=int, default=256, help="episodes at once (default 256; V-IRL: 64)")
     add("--blindfold", action="store_true", help="-vl: grey in place of every picture")
     add("--show", type=int, default=0, metavar="N", help="print N transcripts a cell")
-    # 180 walks are about 3,000 tries: per-step accuracy is known to +-2 points
     walks = {"hands": 180, "batch": 64}
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), walks), {}, argv)
     for cell in args.cells or ():
         if cell not in TASK_CELLS[args.task]:
             raise Problem(f"--cells {cell}: {args.task} has {', '.join(TASK_CELLS[args.task])}")
-    if args.steps and not args.run:
-        raise Problem("--steps says which checkpoints of a --run to play; give one")
     if args.blindfold and not pictured(args.task):
         raise Problem("--blindfold: add --task gp-vl or virl-vl")
     return args

@@ -19,10 +19,7 @@ Symbols and shapes (N is another thing in README eq. 6, parameters):
   r reward of a try    V value before it    A advantage    R = A + V return (target of V)
   ratio = pi_new(action) / pi_old(action)
 
-README, "What differs", names every deviation from the paper and its released code.
-
     python rl.py --task gp-l --ood             the main job: 5 minutes on two cores
-    python rl.py --task virl-l --ood           walks
     python rl.py --task gp-l --inspect         one episode, token by token
     python rl.py --task gp-l --init backbones/gp    no SFT start: RL has nothing to reward (Fig. 9)
 
@@ -214,7 +211,7 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns False, and advantages of 0, where every answer was paid alike: nothing tells a good
+    Returns False, and advantages of 0, where all episodes were paid alike: nothing tells a good
     answer from a bad one, and normalising would make the critic's rounding look like a lesson.
     """
     # An episode may lie in several rows. What follows the last try at a position is V of the next
@@ -228,14 +225,15 @@ def add_advantages(rows, episodes, gamma, lam):
         order |= {(e, k): len(order) + k for k in range(len(rewards))}
         advantages.append(a)
         returns.append(r)
-    paid = {turn.verdict.reward for episode in episodes for turn in episode.turns}
+    paid = {tuple(turn.reward for turn in episode.turns) for episode in episodes}
     advantages, returns = torch.cat(advantages), torch.cat(returns)                # (tries,) each
-    advantages = normalised(advantages) if len(paid) > 1 else torch.zeros_like(advantages)
+    can_learn = len(paid) > 1 or len(episodes) == 1
+    advantages = normalised(advantages) if can_learn else torch.zeros_like(advantages)
     for row in rows:
         at = [order[t] for t in row["tries"]]
         row["advantages"] = advantages[at].to(row["values"].device)
         row["returns"] = returns[at].to(row["values"].device)
-    return len(paid) > 1
+    return can_learn
 
 
 # -------- 4. Update
@@ -522,7 +520,7 @@ def one_line(row, can_learn):
     line = (f"update {row['step']:3d}  success {row['success']:6.1%}  per step "
             f"{row['per_step']:6.1%}  reward {row['reward']:6.2f}")
     if not can_learn:
-        return line + "  every answer was paid alike, nothing to learn from: no step"
+        return line + "  all episodes were paid alike, nothing to learn from: no step"
     explained = math.nan if row["explained_variance"] is None else row["explained_variance"]
     line += (f"  kl {row['approx_kl']:.4f}  clip {row['clipfrac']:5.1%}  ev {explained:5.2f}  "
              f"{row['seconds_collect']:.0f}+{row['seconds_update']:.0f} s")
@@ -534,7 +532,8 @@ def one_line(row, can_learn):
 
 def complaints(rows, episodes, backbone, split, temperature=0.6):
     """What is wrong with a fresh batch, before anything was learnt from it: a list of sentences."""
-    sampled, scored = both_logprobs(rows, episodes)
+    sampled = torch.tensor([p for e in episodes for t in e.turns for p in t.logprobs])
+    scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])]).cpu()
     if len(sampled) != len(scored):
         return [f"{len(sampled)} tokens were sampled, {len(scored)} masked: the loss mask is off"]
     found, gaps = [], (sampled - scored).abs()
@@ -552,20 +551,13 @@ def complaints(rows, episodes, backbone, split, temperature=0.6):
     return found
 
 
-def both_logprobs(rows, episodes):
-    """log p of all sampled tokens, (N,) each: as the sampler saw it, as the scoring pass does."""
-    scored = torch.cat([r["logprobs"] for r in sorted(rows, key=lambda r: r["tries"])]).cpu()
-    return torch.tensor([p for e in episodes for t in e.turns for p in t.logprobs]), scored
-
-
 def self_check(rows, episodes, backbone, split, temperature=0.6):
     """Raise Problem with the first of the `complaints`; else return a line that says what holds."""
     found = complaints(rows, episodes, backbone, split, temperature)
     if found:
         raise Problem(f"self-check: {found[0]}")
-    sampled, scored = both_logprobs(rows, episodes)
-    return (f"self-check: log p of sampler and update within {(sampled - scored).abs().max():.1e}, "
-            f"{len(scored)} tokens" + ", no held-out hand or route" * (split == "train"))
+    return (f"self-check: sampler and update agree on log p of {sum(sum(r['mask']) for r in rows)} "
+            "tokens" + ", no held-out hand or route" * (split == "train"))
 
 
 def in_training(env):
@@ -678,8 +670,6 @@ def flags(argv=None):
         raise Problem("--inspect looks at one checkpoint: give it as --init, without --resume")
     if args.temperature <= 0:
         raise Problem("--temperature must be above 0: PPO needs a policy that explores")
-    if max(args.gamma, args.lam) > 1:
-        raise Problem("--gamma and --lam must not be above 1: returns would grow without limit")
     return args
 
 

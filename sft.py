@@ -18,17 +18,14 @@ file is left running.
 Shapes: B conversations in a batch, T tokens of the longest, N answer tokens in the whole batch,
 H hidden size, V vocabulary.
 
-    python sft.py --task gp-l --ood            the SFT start and beyond: 10 minutes on two cores
-    python sft.py --task gp-vl --ood           the same with the cards in a picture
-    python sft.py --task virl-l --ood          walks
-    python sft.py --preset paper               Llama-3.2-11B-Vision on a GPU of 141 GB
+    python sft.py --task gp-l --ood --lr 1e-4 --steps 630      at RL's rate; --lr 1e-3 forgets
+    python sft.py --preset paper                               Llama-3.2-11B-Vision, 141 GB
 
 On a first reading parts 1 to 4 are enough. Read before: gp_env.py. Read next: evaluate.py.
 """
 
 import argparse
 import ctypes
-import errno
 import hashlib
 import json
 import math
@@ -58,8 +55,7 @@ TASKS = [f"{name}-{sense}" for name in ENVIRONMENTS for sense in ("l", "vl")]   
 DEFAULT_MODEL = {task: HERE / "backbones" / task.split("-")[0] for task in TASKS}
 # Where V-IRL trains, and where it meets streets, names and houses that it has never seen.
 TRAINING_CITY, *OTHER_CITIES = virl_env.CITIES
-# What the rule OOD changes: arguments of the environment.
-OTHER_RULE = {"gp": {"rule": "face", "face": True}, "virl": {"rule": "relative"}}
+OTHER_RULE = {"gp": {"rule": "face", "face": True}, "virl": {"rule": "relative"}}   # rule OOD
 
 
 class Problem(Exception):
@@ -145,7 +141,7 @@ def pad(rows, fill=0):
 def batch(backbone, rows):
     """Rows of `encode` -> (ids (B, T), mask (B, T), lengths (B,), pictures), on the model's device.
 
-    pictures: a list of B, or None. In a batch either every row shows a picture or none does.
+    pictures: a list of B, or None: either every row of a batch shows one or none does.
     """
     pictures = [row["picture"] for row in rows]
     shown = [picture is not None for picture in pictures]
@@ -183,10 +179,7 @@ def trunk(backbone, ids, lengths, pictures=None):
 
 
 def precision(backbone):
-    """The context of a forward pass: float32 weights are multiplied in bf16 on a GPU.
-
-    On a CPU they stay float32. Log-probabilities and the critic are float32 everywhere.
-    """
+    """The context of a forward pass: on a GPU float32 weights are multiplied in bf16."""
     on = backbone.device.type == "cuda" and backbone.model.dtype == torch.float32
     return torch.autocast(backbone.device.type, torch.bfloat16, enabled=on)
 
@@ -253,7 +246,7 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
 def learning_mode(backbone, on):
     """Switch gradient checkpointing on for a backward pass, if it was asked for.
 
-    Hugging Face ties it to train mode, and sampling in train mode gives wrong tokens, silently.
+    Hugging Face ties it to train mode, in which sampling gives wrong tokens, silently.
     """
     backbone.model.train(on and backbone.checkpointing)
 
@@ -266,20 +259,14 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def adamw(groups, betas, **more):
-    """The optimiser: torch's AdamW, or AdamW16 (part 8) where weights are bfloat16.
-
-    groups: list of {"params": [...], "lr": ...}. eps as in the paper's scripts, no weight decay.
-    """
+    """torch's AdamW with the paper's eps and no decay, or AdamW16 (part 8) for bf16 weights."""
     if any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
         return AdamW16(groups, betas)
     return torch.optim.AdamW(groups, betas=betas, eps=1e-7, weight_decay=0.0, **more)
 
 
 def take_step(optimizer, norms):
-    """Take an optimiser step and drop the gradients, if all their norms are finite.
-
-    A step that is not finite is reported and not applied. Returns whether the step was taken.
-    """
+    """Take an optimiser step if all its gradients' norms are finite. Returns whether it did."""
     fine = all(map(torch.isfinite, norms))
     if fine:
         optimizer.step()
@@ -330,9 +317,8 @@ def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=Fa
             path = save_checkpoint(folder / f"step-{step + 1:06d}", backbone,
                                    {"optimizer": optimizer.state_dict(), "tokens": tokens})
             numbers = [f"{name} {value:.4f}" for name, value in row.items()
-                       if name.endswith(("loss", "nll", "read"))]
-            tqdm.write(f"step {step + 1:5d}  " + "  ".join(numbers)
-                       + f"  {row['seconds'] / 60:.1f} min")
+                       if "loss" in name or "nll" in name or "read" in name]
+            tqdm.write("  ".join([f"step {step + 1:5d}", *numbers]))
             losses = []
     return path
 
@@ -383,16 +369,14 @@ def run_sft(args, folder, stop, backbone):
         task_parameters(backbone.model, pictured(args.task)), tokens_before(args.model))
 
 
-def start_step(args):
-    """The step of SFT that RL starts from (paper: 400 for cards, 25 for walks).
+# The step of SFT that RL starts from; the paper's. The backbone of walks lacks the format alone:
+# after 40 steps little would be left to gain.
+START, PAPER_START = {"gp": 60, "virl": 12}, {"gp": 400, "virl": 25}
 
-    The backbone of walks knows the skill and lacks the format alone: after 12 steps it has 84 to 89
-    of 100 actions right on seen routes; after 40 (97 of 100) little would be left to gain.
-    """
-    cards = args.task.startswith("gp")
-    if args.preset:
-        return 400 if cards else 25
-    return 60 if cards else 12
+
+def start_step(args):
+    """The step of SFT that RL starts from, for a task and preset."""
+    return (PAPER_START if args.preset else START)[args.task.split("-")[0]]
 
 
 def game_options(args):
@@ -408,10 +392,9 @@ def game_options(args):
 
 def picture_options(args):
     """How a task shows its pictures: arguments of its environment, none for a task in words."""
-    if not pictured(args.task):
-        return {}
-    return {"picture": picture_size(args.picture_size)} | (
-        {} if args.announce else {"announce": False})
+    if args.task == "virl-vl":
+        return {"picture": picture_size(args.picture_size), "announce": args.announce}
+    return {"picture": picture_size(args.picture_size)} if pictured(args.task) else {}
 
 
 def places(args):
@@ -431,11 +414,7 @@ def task_parameters(model, pictures=False):
 
 
 def freeze(model, what):
-    """Keep a part as it is, as the paper's ablation of SFT in pictures does (Fig. 16).
-
-    what: "vision" for the eyes; "adapter" for the eyes and the projector behind them; None or
-    "none". Layers that look at a picture (Mllama) belong to the language model here.
-    """
+    """Keep the eyes ("vision"), or eyes and projector ("adapter"), as they are (paper: Fig. 16)."""
     parts = {"vision": ("vision_model", "visual.blocks", "visual.patch_embed")}
     parts["adapter"] = (*parts["vision"], "multi_modal_projector", "connector", "visual.merger")
     for name, parameter in model.named_parameters():
@@ -463,10 +442,8 @@ def save_checkpoint(folder, backbone, state=None):
             torch.save(state, aside / "state.pt")
     except Exception as error:      # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
-        full = shutil.disk_usage(folder.parent).free < 2 ** 26
-        raise Problem(f"{folder} cannot be written ({str(error)[:200]})"
-                      + ": the disk is full, free some space" * full
-                      + "; nothing saved before is lost: go on with --resume") from None
+        raise Problem(f"{folder} cannot be written ({str(error)[:200]}): is the disk full? Nothing "
+                      "saved before is lost: go on with --resume") from None
     shutil.rmtree(folder, ignore_errors=True)
     return aside.rename(folder)
 
@@ -474,8 +451,8 @@ def save_checkpoint(folder, backbone, state=None):
 def load_state(folder, model=None, **owners):
     """Read state.pt of a checkpoint, and give its parts back to their owners. Returns the dict.
 
-    model: a Backbone that takes the checkpoint's weights; owners: e.g. optimizer=..., saved under
-    that name. Raises Problem if the file is damaged, not plain data, or of another run.
+    model: a Backbone that takes the weights; owners: e.g. optimizer=..., saved under that name.
+    Raises Problem if the file is damaged, not plain data, or of another run.
     """
     folder = pathlib.Path(folder)
     try:
@@ -514,8 +491,8 @@ def read_lines(path):
 class Metrics:
     """A .jsonl file of a run: one object a line, flushed at once.
 
-    On resume, lines written after the checkpoint that training goes on from are dropped: they will
-    be written again, the same. Keys that begin with "seconds" are the only ones that may differ.
+    On resume, lines after the checkpoint that training goes on from are dropped: they will be
+    written again, the same but for keys that begin with "seconds".
     """
 
     def __init__(self, folder, resume_at=None, name="metrics.jsonl"):
@@ -535,6 +512,7 @@ class Metrics:
 
 # Flags that change no result; with any other changed, --resume would mix two runs.
 FREE = ("resume", "out", "threads", "micro_batch", "grad_checkpoint")
+held = []           # lock files of the runs of this process
 
 
 def open_run(folder, args, kind):
@@ -560,25 +538,17 @@ def open_run(folder, args, kind):
         raise Problem(f"--resume: {folder} was started with another --{key.replace('_', '-')} "
                       f"({before[key]}, now {settings[key]})")
     folder.mkdir(parents=True, exist_ok=True)
-    hold(folder)
-    aside = known.with_suffix(".tmp")
-    aside.write_text(json.dumps(settings, indent=1) + "\n")
-    aside.rename(known)
-    return folder
-
-
-held = []       # open lock files: they unlock when the process ends, however it ends
-
-
-def hold(folder):
-    """Keep other processes out of a run folder while this one lives. Raises Problem."""
-    if sys.platform != "win32":
+    if sys.platform != "win32":     # one writer at a time; the lock goes with the process
         import fcntl
         held.append(open(folder / ".lock", "w"))
         try:
             fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Problem(f"{folder} is in use by another run: give another --out") from None
+    aside = known.with_suffix(".tmp")
+    aside.write_text(json.dumps(settings, indent=1) + "\n")
+    aside.rename(known)
+    return folder
 
 
 def progress(steps, name, unit):
@@ -591,10 +561,9 @@ def progress(steps, name, unit):
 
 
 def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
-    """Load a text or vision-language chat model from a folder or, by name, from the hub.
+    """Load a chat model from a folder or, by name, from the hub. Returns a Backbone.
 
-    Returns a Backbone. Raises Problem for a missing folder, a damaged file, a model that the hub
-    does not hand out, or one that cannot chat.
+    Raises Problem for what cannot be loaded, or cannot chat.
     """
     from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
                               AutoTokenizer, GenerationConfig)
@@ -602,7 +571,7 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     folder = pathlib.Path(name)
-    # A hub name is "owner/model"; anything else that is not here would be asked for in vain.
+    # a hub name is "owner/model"
     local = folder.is_absolute() or str(name).count("/") != 1 or folder.parent.exists()
     if local and not (folder / "config.json").exists():
         raise Problem(f"--model {name}: no config.json there; give a checkpoint or a hub name")
@@ -617,29 +586,21 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
             raise ValueError(f"{len(found['missing_keys'])} of its tensors are missing")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:      # the loaders raise a dozen types for one thing: cannot load
-        raise Problem(f"--model {name}: {why_not(error, local)}") from None
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise Problem(f"--model {name}: cannot load it ({said}). A folder needs config.json, "
+                      "model.safetensors and a tokenizer. On the hub, accept its licence and run "
+                      "`hf auth login`; without a network, `hf download NAME --local-dir FOLDER` "
+                      "elsewhere and give that folder") from None
     # We sample by ourselves; settings for sampling that contradict each other cannot be saved.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     processor, blind = load_processor(name, local, config) if sees else (None, Backbone.blind)
     backbone = wrap_backbone(model.to(device).eval(), tokenizer, name, processor, blind)
     if grad_checkpoint:
         # Activations are computed again in the backward pass: about a third more time, a fraction
-        # of the memory, bit-equal gradients. (Newer releases of transformers renamed the call.)
+        # of the memory, bit-equal gradients. (The call was renamed.)
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         backbone.checkpointing = True
     return backbone
-
-
-def why_not(error, local):
-    """What a failed load needs, in one line. local: a folder was asked for, not the hub."""
-    said = str(error).strip() or type(error).__name__
-    if not local and ("gated" in said or "valid model identifier" in said):
-        return "no access: accept its licence on its page on the hub, then run `hf auth login`"
-    if not local and "connect" in said:
-        return ("not on this machine, and the hub cannot be reached: where there is a network run "
-                "`hf download NAME --local-dir FOLDER`, and give that folder")
-    return (f"cannot load it ({said.splitlines()[0][:200]}). A folder needs config.json, "
-            "model.safetensors and a tokenizer")
 
 
 def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone.blind):
@@ -648,8 +609,7 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
         processor, "chat_template", None)       # some vision-language models keep it there only
     if not template:
         raise Problem(f"--model {name}: its tokenizer has no chat template; use an instruct model")
-    if "strftime_now" in template and "macro strftime_now" not in template:
-        # a prompt that tells the date would change overnight
+    if "strftime_now" in template and "macro strftime_now" not in template:     # one date for all
         template = ("{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}" + template)
     tokenizer.chat_template = template
     before_first, before_answer, after_answer = markup(tokenizer, name)
@@ -681,8 +641,7 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
 def markup(tokenizer, name):
     """The pieces of a chat template: (before the first prompt, before an answer, after an answer).
 
-    Real templates are programs. One conversation of marker words is rendered and cut at the
-    markers. Raises Problem.
+    Templates are programs: a conversation of marker words is rendered and cut at the markers.
     """
     marks, trouble = ("UUU", "AAA", "FFF"), "drops or repeats turns"
     for in_parts in (False, True):  # SmolVLM's loses a turn that is not a list of parts
@@ -708,10 +667,7 @@ def markup(tokenizer, name):
 
 @torch.no_grad()
 def check_model(backbone, name):
-    """Does output layer(trunk) give the model's own logits? Raises Problem.
-
-    One property in place of a list of models: it fails where logits are scaled or bent.
-    """
+    """Does output layer(trunk) give the model's own logits, neither scaled nor bent?"""
     model, text = backbone.model, backbone.model.config.get_text_config()
     said = backbone.before_first + string.printable + backbone.before_answer
     ids = backbone.tokenizer(said, add_special_tokens=False)["input_ids"]
@@ -762,9 +718,7 @@ def answer_length(backbone, args, tries=1):
 #   placeholders (Idefics3,         the picture takes k places of the sequence; what the eyes saw
 #   SmolVLM, Qwen2.5-VL)            stands there instead of embeddings, attended to as text is
 #   crossing (Mllama, the paper's)  one mark in the sequence; a few layers of their own attend from
-#                                   every token after the mark to the picture, behind gates. Text
-#                                   without a picture skips these layers
-# In both the tensors of a picture travel with their row.
+#                                   every token after it to the picture. Text skips these layers
 
 
 def crossing_layers(model):
@@ -792,15 +746,11 @@ def picture_size(text):
     size = tuple(int(side) if side.isdecimal() else 0 for side in text.lower().split("x"))
     if len(size) == 2 and least[0] <= size[0] <= 4096 and least[1] <= size[1] <= 4096:
         return size
-    raise Problem(f"--picture-size {text}: give WIDTHxHEIGHT in pixels, from {least[0]}x{least[1]} "
-                  "to 4096x4096")
+    raise Problem(f"--picture-size {text}: give WIDTHxHEIGHT, from 128x64 to 4096x4096")
 
 
 def load_processor(name, local, config):
-    """What turns pictures into tensors for a vision-language model: (processor, "").
-
-    Or (None, why there is none): a text task does not mind. local: name is a folder.
-    """
+    """What turns pictures into tensors: (processor, ""), or (None, why there is none)."""
     from transformers import AutoImageProcessor, AutoProcessor, Idefics3Processor, ProcessorMixin
     files = ("processor_config.json", "preprocessor_config.json")
     if local and not any((pathlib.Path(name) / file).exists() for file in files):
@@ -836,11 +786,7 @@ def picture_markup(tokenizer, processor, before_answer):
 
 
 def encode_picture(backbone, text, image):
-    """A first user turn that shows a picture -> (token ids, the picture as a dict of tensors).
-
-    image: a PIL picture. Its place in the ids is one mark (Mllama: layers of its own look at the
-    picture) or a run of placeholders that the trunk replaces by what the eyes saw.
-    """
+    """A first user turn that shows a PIL picture -> (token ids, the picture as tensors)."""
     text = backbone.before_picture + text + backbone.before_answer
     if crossing_layers(backbone.model) or mrope(backbone.model.config):
         ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -854,8 +800,7 @@ def encode_picture(backbone, text, image):
         at, merged = ids.index(mark), backbone.processor.image_processor.merge_size ** 2
         ids[at:at + 1] = [mark] * (int(grid.prod()) // merged)
         seen["shift"] = position_shift(backbone, ids, grid)
-    # what is left is about the picture; its mask over the tokens grows with the conversation, so it
-    # is made where the tokens are (cross_mask)
+    # its mask over the tokens grows with the conversation, so it is made later (cross_mask)
     apart = ("input_ids", "attention_mask", "token_type_ids", "num_tiles")
     return ids, {key: value for key, value in seen.items() if key not in apart}
 
@@ -895,10 +840,9 @@ def shifted(table, position):
 
 
 def picture_inputs(backbone, ids, pictures, position):
-    """What the trunk needs beside the tokens when every row of a batch shows a picture.
+    """Arguments of the model, beside the tokens, for a batch of pictured rows.
 
-    ids, position (B, T); pictures: B dicts of tensors from `encode_picture`. Returns keyword
-    arguments of the model.
+    ids, position (B, T); pictures: B dicts of tensors from `encode_picture`.
     """
     if crossing_layers(backbone.model):
         states, tiles = cross_states(backbone, pictures)
@@ -920,10 +864,7 @@ def join_pictures(backbone, pictures):
 
 
 def cross_states(backbone, pictures):
-    """Mllama: what the eyes saw, for the layers that attend to it, and which tiles are in use.
-
-    Returns (states (B, tiles * patches, H), tiles (B, tiles) of 0 and 1).
-    """
+    """Mllama: what the eyes saw (B, tiles * patches, H), and which tiles are in use (B, tiles)."""
     base, seen = backbone.model.base_model, join_pictures(backbone, pictures)
     states = base.multi_modal_projector(base.vision_model(**seen).last_hidden_state)
     return states.flatten(1, 3), seen["aspect_ratio_mask"].flatten(1)
@@ -932,7 +873,7 @@ def cross_states(backbone, pictures):
 def cross_mask(backbone, ids, tiles, passed=False):
     """Mllama: (B, T, 1, tiles), 1 where a token sees a tile: from its row's picture mark on.
 
-    tiles (B, tiles) of `cross_states`. passed (B, 1): the mark came before these ids (B, T).
+    passed (B, 1): the mark came before these ids (B, T).
     """
     after = (ids == backbone.model.config.image_token_index).cumsum(1) > 0              # (B, T)
     return ((after | passed)[:, :, None] * tiles[:, None, :])[:, :, None, :]
@@ -942,10 +883,7 @@ def cross_mask(backbone, ids, tiles, passed=False):
 
 
 def halve(master):
-    """float32 -> (bfloat16, int16) of the same shape; `rejoin` gives back every bit.
-
-    A bfloat16 is the upper half of a float32. What rounding leaves over fits into 16 bits.
-    """
+    """float32 -> its upper half, a bfloat16, and what rounding left over, an int16."""
     bits = master.view(torch.int32)
     upper = (bits + 0x8000) & -0x10000          # add half a unit, then clear the lower 16 bits
     return upper.view(torch.float32).bfloat16(), (bits - upper).to(torch.int16)
@@ -975,12 +913,7 @@ class AdamW16(torch.optim.Optimizer):
         weight      2       bf16, what the model computes with
         gradient    2       bf16
         rest        2       weight and rest together are the float32 weight (`halve`)
-        moments     2 + 2   bf16, rounded by chance: to the nearest they would stand still, too. At
-                            beta2 = 0.999 the second one changes by 1/1000 of itself a step, and its
-                            neighbours are 1/256 to 1/128 away
-
-    The critic is float32 and keeps float32 moments. The generator of the random rounding is seeded
-    with the number of the step, so there is no state of it to save.
+        moments     2 + 2   bf16, rounded by chance: to the nearest they would stand still, too
     """
 
     def __init__(self, groups, betas, eps=1e-7, chunk=2 ** 24):
@@ -998,6 +931,7 @@ class AdamW16(torch.optim.Optimizer):
                 for name in ("first", "second", "rest"):
                     state.setdefault(name, torch.zeros_like(parameter))
                 state["step"] = state.get("step", 0) + 1
+                # seeded by the step: there is no state of it to save
                 generator = torch.Generator(parameter.device)
                 generator.manual_seed(1_000_003 * i + state["step"])
                 flat = [x.view(-1).split(self.chunk) for x in (
@@ -1013,8 +947,7 @@ class AdamW16(torch.optim.Optimizer):
         m = first.float() * beta1 + gradient.float() * (1 - beta1)
         v = second.float() * beta2 + gradient.float().square() * (1 - beta2)
         way = (m / (1 - beta1 ** step)) / ((v / (1 - beta2 ** step)).sqrt() + group["eps"])
-        # The 16 bits of `rest` are kept under the name of bf16: torch casts the state that it loads
-        # to the weight's dtype, and leaves that alone.
+        # `rest` is int16 under the name of bf16: torch would cast other state that it loads
         moved = (rejoin(weight, rest.view(torch.int16)) if half else weight) - group["lr"] * way
         if half:
             moved, new_rest = halve(moved)
@@ -1026,9 +959,8 @@ class AdamW16(torch.optim.Optimizer):
 
 # -------- 9. Command line
 
-# --preset paper: the flags of the paper's runs (appendix C, and its scripts) on one GPU: what eight
-# processed at once, one accumulates. Steps are 800,000 examples; for walks, and the starts of the
-# tasks in pictures, the paper says none: a guess.
+# --preset paper: appendix C and its scripts, on one GPU: what eight processed at once, one
+# accumulates. Steps are 800,000 examples; for walks the paper says none: a guess.
 LARGE = {"model": "meta-llama/Llama-3.2-11B-Vision-Instruct", "dtype": "bfloat16",
          "grad_checkpoint": True}
 PRESETS = {task: LARGE | {"batch": 128, "steps": 6250, "save_every": 400, "lr": 1e-6,
@@ -1042,7 +974,6 @@ for seeing in ("gp-vl", "virl-vl"):
 def guarded(main):
     """Run a script's main(): what the user can put right ends in one clear line, exit code 2."""
     name = pathlib.Path(sys.argv[0]).name
-    again = "run it again" if name == "evaluate.py" else "go on with --resume"
     for stream in (sys.stdout, sys.stderr):     # a model may say what a terminal cannot print
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
@@ -1054,15 +985,13 @@ def guarded(main):
         return 0
     except (Problem, virl_env.RouteProblem) as problem:
         said = " ".join(str(problem).split())
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
-        said = "the disk is full: free some space" if full else str(error)
-        said += f"; nothing saved before is lost: {again}"
+    except OSError as error:            # "No space left on device", among others
+        said = f"{error}; nothing saved before is lost"
     except (MemoryError, torch.OutOfMemoryError):
         said = ("out of memory: lower --micro-batch or add --grad-checkpoint (training), lower "
-                f"--sample-batch or --batch (sampling), or begin with --dtype bfloat16; {again}")
+                "--sample-batch or --batch (sampling), or begin with --dtype bfloat16")
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; {again}", file=sys.stderr)
+        print(f"\n{name}: stopped; training goes on with --resume", file=sys.stderr)
         return 130
     print(f"{name}: {said}", file=sys.stderr)
     return 2
@@ -1097,19 +1026,21 @@ def training_flags(parser):
     add("--freeze", choices=("none", "vision", "adapter"), help="keeps its weights (Fig. 16)")
 
 
+SAME_GAME = ("task", "routes", "other_routes", "picture_size", "announce", "dtype",
+             "max_new_tokens")
+
+
 def parse_flags(parser, task_defaults, presets, argv=None):
     """Parse and check a command line. Returns the Namespace. Raises Problem.
 
     task_defaults, presets: {task: {flag: default}}; so --task is read first.
     """
     first = parser.parse_known_args(argv)[0]
-    # what a checkpoint was trained on is what it plays, unless told otherwise
-    run = getattr(first, "run", None) or pathlib.Path(first.model or "").parent
-    if not presets and (pathlib.Path(run) / "args.json").exists():
-        trained = json.loads((pathlib.Path(run) / "args.json").read_text())
-        same = ("task", "routes", "other_routes", "picture_size", "announce", "dtype",
-                "max_new_tokens")
-        parser.set_defaults(**{key: trained[key] for key in same if key in trained})
+    # evaluate.py: a checkpoint plays what it was trained on, unless told otherwise
+    run = pathlib.Path(getattr(first, "run", None) or pathlib.Path(first.model or "").parent)
+    if not presets and (run / "args.json").exists():
+        trained = json.loads((run / "args.json").read_text())
+        parser.set_defaults(**{key: trained[key] for key in SAME_GAME if key in trained})
         first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**task_defaults.get(first.task, {}))
     if getattr(first, "preset", None):
@@ -1117,8 +1048,6 @@ def parse_flags(parser, task_defaults, presets, argv=None):
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
-        if value == "":                 # from a shell variable that is not set
-            raise Problem(f"{flag} is empty")
         if isinstance(value, (int, float)) and not 0 <= value < 2 ** 31:       # refuses nan, too
             raise Problem(f"{flag} {value}: must be a number of 0 or more, below 2**31")
         if type(value) is int and value < 1 and parser.get_default(name) != 0:
@@ -1141,12 +1070,9 @@ def check_task(args):
     for flag, fine in fits.items():
         if not fine:
             raise Problem(f"{flag} is for another task than {args.task}: see --task")
-    # All routes are read before any work is done: a missing panorama would otherwise be found when
-    # the first walk comes by, perhaps after hours.
+    # now, not when a missing panorama comes by, after hours
     for folder in filter(None, (args.routes, args.other_routes)):
-        atlas = virl_env.open_atlas(folder, pictured(args.task))
-        if folder == args.routes and getattr(args, "split", "train") == "train":
-            virl_env.split_routes(len(atlas), "val")
+        virl_env.open_atlas(folder, pictured(args.task))
 
 
 def open_backbone(args, name=None):
@@ -1157,8 +1083,8 @@ def open_backbone(args, name=None):
     if pictured(args.task) and backbone.processor is None:
         raise Problem(f"--task {args.task}: {name or args.model} cannot see: {backbone.blind}")
     if sys.platform == "linux" and task_parameters(backbone.model) < 5e7:
-        # glibc hands the pages of every large tensor back at once, and the page faults cost 15 % of
-        # a training step of a small model. Let it keep them: M_MMAP_MAX 0, M_TRIM_THRESHOLD 2 GB.
+        # glibc hands the pages of large tensors back at once; the page faults cost a small model
+        # 15 % of a training step. Let it keep them: M_MMAP_MAX 0, M_TRIM_THRESHOLD 2 GB.
         for option, value in ((-4, 0), (-1, 2 ** 31 - 1)):
             getattr(ctypes.CDLL(None), "mallopt", min)(option, value)
     return backbone
@@ -1187,11 +1113,9 @@ def flags(argv=None):
     add("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3; paper: 1e-6)")
     add("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
     add("--micro-batch", type=int, default=64, help="examples in memory at once; the same result")
-    add("--revise", type=float, default=0.0, help="share of examples that open with wrong tries "
-        "and the verifier's messages (paper: Fig. 15)")
+    add("--revise", type=float, default=0.0, help="share of examples with wrong tries (Fig. 15)")
     add("--vary-rule", action="store_true", help="gp: train with J, Q, K anywhere in 10..13")
-    add("--drop-pictures", action="store_true", help="-vl: train on words alone, as the paper's "
-        "released collator seems to do by mistake")
+    add("--drop-pictures", action="store_true", help="-vl: a fault of the released collator")
     return parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), {"steps": 800}), PRESETS, argv)
 
 

@@ -237,14 +237,11 @@ def step_on_meta(backbone, ids, picture, monkeypatch):
 
 
 @pytest.mark.parametrize("in_words", [False, True])
-def test_a_recorded_step_never_asks_the_cpu(any_class, in_words, monkeypatch, request):
+def test_a_recorded_step_never_asks_the_cpu(any_class, in_words, monkeypatch):
     """Catches what a CUDA graph forbids, on a machine without one: a number read back, a tensor
     made."""
     image = gp_env.GeneralPoints(picture=SIZE).reset(0)[0]["image"]
     ids, picture = sft.encode_picture(any_class, "Which cards?", image)
-    if "shift" in picture and not in_words:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="sft.shifted copies the shift of "
-                                              "a picture from the CPU in every step"))
     if in_words:
         ids, picture = sft.user_ids(any_class, "Which cards?", first=True), None
     step_on_meta(any_class, ids, picture, monkeypatch)

@@ -403,8 +403,6 @@ def test_bad_flags_and_routes_end_in_one_line(at_work, monkeypatch, capsys, scri
     assert_one_line(code, error, f"{script.__name__}.py: ", *words)
 
 
-@pytest.mark.xfail(strict=True, reason="content_digest knows the name of a folder of routes, not "
-                   "what is in it")
 def test_a_start_is_known_by_its_routes(at_work):
     """Catches "made by an earlier run" after the routes of a folder were replaced."""
     flags = FLAGS[:6]
