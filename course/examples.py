@@ -331,11 +331,11 @@ def softmax_logs(logits, temperature):
 
 
 def make_draw(rng):
-    """600 draws each, at four temperatures; temperature 0 takes the likeliest token."""
+    """600 draws each, at five temperatures; temperature 0 takes the likeliest token."""
     examples = []
-    for temperature in (1.0, 0.6, 0.3, 2.0):
+    for temperature in (1.0, 0.6, 0.3, 2.0, 0.0):
         logits = drawn(rng, 8, 2.5)
-        examples.append({"logits": logits, "logprobs": softmax_logs(logits, temperature),
+        examples.append({"logits": logits, "logprobs": softmax_logs(logits, temperature or 1.0),
                          "temperature": temperature, "count": 600, "seed": rng.randrange(10 ** 6)})
     return examples
 
@@ -405,15 +405,21 @@ def make_normalised(rng):
 
 
 def make_add_advantages(rng):
-    """8 batches, rows shuffled; an episode lies in one row or in several. lam = 1 throughout."""
+    """10 batches, rows shuffled; an episode lies in one row or in several. lam = 1 throughout.
+
+    In one all episodes were paid alike, in one there is a single episode.
+    """
     examples = []
-    for i in range(8):
+    for i in range(10):
         episodes, rows = [], []
-        for e in range(rng.randrange(2, 5)):
+        for e in range(1 if i == 9 else rng.randrange(2, 5)):
             count, solved = rng.randrange(1, 5), rng.random() < 0.5
-            episodes.append({"terminated": solved,
-                             "turns": [{"reward": float(rng.choice((-3, -2, -1, 1, 5)))}
-                                       for _ in range(count)]})
+            paid = [float(rng.choice((-3, -2, -1, 1, 5))) for _ in range(count)]
+            if i == 8:
+                count, paid = 2, [-1.0, 5.0]
+            elif i == 9:
+                count, paid = 3, [-1.0, -1.0, 5.0]
+            episodes.append({"terminated": solved, "turns": [{"reward": r} for r in paid]})
             for k in range(count):
                 if k == 0 or i % 2 and rng.random() < 0.7:
                     rows.append({"tries": [], "values": []})
@@ -469,6 +475,7 @@ def make_explained_variance(rng):
                      {"values": [round(r + 2, 3) for r in returns], "returns": returns}]
     returns = [round(r + 4, 3) for r in returns]
     return examples + [{"values": [1.0] * 12, "returns": returns},
+                       {"values": returns, "returns": [2.0] * 12},
                        {"values": [-r for r in returns], "returns": returns}]
 
 

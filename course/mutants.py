@@ -148,9 +148,8 @@ MUTANTS = [
              "(_term(tokens, numbers, depth) if tokens[0] == '+' else "
              "_expression(tokens, numbers, depth))\n        value =")]),
         ("reads a/b/c as a/(b/c)", "100/5/2 is 10", [
-            ("_term", "sign, other = tokens.pop(0), _factor(tokens, numbers, depth)",
-             "sign = tokens.pop(0)\n        other = (_factor if sign == '*' else _term)(tokens, "
-             "numbers, depth)")]),
+            ("_term", "other = _factor(tokens, numbers, depth)",
+             "other = (_factor if sign == '*' else _term)(tokens, numbers, depth)")]),
         ("forgets that * goes before +", "2+3*4 is 14", [
             ("_expression", 'while tokens[0] in ("+", "-")', 'while tokens[0] in ("+", "-", "*")'),
             ("_expression", 'value = value + other if sign == "+" else value - other',
@@ -237,7 +236,7 @@ MUTANTS = [
         ("leaves the end token out", "answer_ids closes an answer",
          'part = answer_ids(backbone, turn["content"])',
          'part = answer_ids(backbone, turn["content"])[:-1]'),
-        ("loses the picture", "a blind policy", "pictures.append(picture)", "picture.clear()"),
+        ("loses the picture", "a blind policy", '"picture": picture', '"picture": None'),
         ("has the mask one token late", "mask[i] belongs to ids[i]",
          "mask[0] = 0 ", "mask = [0] + mask[:-1] "),
         ("has the mask one token early", "mask[i] belongs to ids[i]",
@@ -301,22 +300,24 @@ MUTANTS = [
         ("always goes backward", "backward=False", [
             ("sft_loss", "torch.set_grad_enabled(backward)", "torch.set_grad_enabled(True)"),
             ("sft_loss", "if backward:\n", "if True:\n")]),
-        ("learns prompts, too", "mask", "pad([r[\"mask\"] for r in part])",
-         "pad([[0] + [1] * (len(r[\"ids\"]) - 1) for r in part])")),
+        ("learns prompts, too", "mask", "ids, mask, lengths, pictures = batch(backbone, part)",
+         "ids, mask, lengths, pictures = batch(backbone, [r | {\"mask\": [0] + [1] * (len(r[\"ids\"]"
+         ") - 1)} for r in part])")),
     # --- 9
     *of("evaluate.draw",
         ("draws at the temperature and reports log p at 1", "which policy played?",
-         "return token, logprobs.gather(1, token)",
-         "return token, torch.log_softmax(logits, dim=-1).gather(1, token)"),
+         ", logprobs.gather(1, token)", ", torch.log_softmax(logits, dim=-1).gather(1, token)"),
         ("draws at temperature 1 and reports log p at the temperature", "which policy played?",
          "torch.multinomial(logprobs.exp(), 1, generator=generator)",
          "torch.multinomial(logits.softmax(-1), 1, generator=generator)"),
-        ("forgets the temperature", "softmax(logits / temperature)", "logits / temperature",
+        ("forgets the temperature", "softmax(logits / temperature)", "logits / (temperature or 1.0)",
          "logits"),
-        ("returns p for log p", "log p", "return token, logprobs.gather(1, token)",
-         "return token, logprobs.gather(1, token).exp()"),
+        ("returns p for log p", "log p", ", logprobs.gather(1, token)",
+         ", logprobs.exp().gather(1, token)"),
         ("draws from the global generator", "results must be the same again", [
             ("draw", ", generator=generator", "")]),
+        ("knows no temperature 0", "the likeliest token, always",
+         "if temperature > 0", "if True"),
         ("takes the likeliest token", "a policy that explores",
          "torch.multinomial(logprobs.exp(), 1, generator=generator)",
          "logits.argmax(-1, keepdim=True)")),
@@ -395,26 +396,25 @@ MUTANTS = [
         ("changes its argument", "the advantages belong to the caller",
          "(advantages - advantages.mean())", "advantages.sub_(advantages.mean())")),
     *of("rl.add_advantages",
-        ("normalises returns, too", "returns are what the critic has to predict", [
-            ("add_advantages", 'r["returns"] = returns', 'r["returns"] = normalised(returns)')]),
+        ("normalises returns, too", "returns are what the critic has to predict",
+         "= returns[at]", "= normalised(returns)[at]"),
         ("normalises each row apart", "over all tries of the batch", [
-            ("add_advantages", 'torch.stack([even[t] for t in r["tries"]])',
-             "normalised(advantages)")]),
+            ("add_advantages", "= advantages[at]", "= normalised(advantages[at])"),
+            ("add_advantages", "normalised(advantages) if can_learn", "advantages if can_learn")]),
         ("normalises each episode apart", "over all tries of the batch", [
-            ("add_advantages", "normalised(torch.stack([a for a, _ in result.values()]))",
-             "torch.cat([normalised(torch.stack([a for (i, _), (a, _) in result.items() if i == e]"
-             ")) for e in range(len(episodes))])")]),
-        ("gives advantages for returns", "R = A + V", [
-            ("add_advantages", 'r["returns"] = returns', 'r["returns"] = advantages')]),
+            ("add_advantages", "advantages.append(a)", "advantages.append(normalised(a))"),
+            ("add_advantages", "normalised(advantages) if can_learn", "advantages if can_learn")]),
+        ("gives advantages for returns", "R = A + V", "= returns[at]", "= advantages[at]"),
         ("divides by n - 1", "the standard deviation of all of the batch", [
             ("normalised", "correction=0", "correction=1")]),
-        ("does not normalise", "mean 0, standard deviation 1", [
-            ("add_advantages", 'torch.stack([even[t] for t in r["tries"]])', "advantages")]),
+        ("does not normalise", "mean 0, standard deviation 1",
+         "normalised(advantages) if can_learn", "advantages if can_learn"),
         ("deals advantages out in the order of rows", "(episode, number of the try)", [
-            ("add_advantages", "    for r in rows:\n        advantages, returns",
-             "    left = list(even.values())\n    for r in rows:\n        advantages, returns"),
-            ("add_advantages", 'torch.stack([even[t] for t in r["tries"]])',
-             'torch.stack([left.pop(0) for _ in r["tries"]])')])),
+            ("add_advantages", "    for row in rows:\n        at =",
+             "    left = list(order.values())\n    for row in rows:\n        at ="),
+            ("add_advantages", "order[t] for t in", "left.pop(0) for t in")]),
+        ("learns where all episodes were paid alike", "what would such a batch teach?",
+         "can_learn = len(paid) > 1 or len(episodes) == 1", "can_learn = True")),
     # --- 14
     *of("rl.policy_loss",
         ("takes max for min", "which of the two is the pessimist?", "torch.min(", "torch.max("),
@@ -455,7 +455,9 @@ MUTANTS = [
          "float(1 - left", "float(1 - (returns - values).square().mean()"),
         ("swaps values and returns", "Var(R)", "(returns - values, returns)",
          "(returns - values, values)"),
-        ("forgets the 1 -", "1 for a perfect critic", "float(1 - left", "float(left")),
+        ("forgets the 1 -", "1 for a perfect critic", "float(1 - left", "float(left"),
+        ("divides by a variance of 0", "what can be explained where nothing varies?",
+         "if total > 1e-8 else None", "")),
     *of("rl.per_answer",
         ("takes the mean of each answer", "a sum",
          "index_add(0, which, token_values)", "index_add(0, which, token_values) / counts"),
@@ -493,12 +495,10 @@ MUTANTS = [
         ("compares counts alone", "counts can agree while log p is a token off",
          "if not gap < limit:", "if False:"),
         ("compares log p on average in float32, too", "one wrong row of many", [
-            ("complaints", "gap, limit = (gaps.max().item(), 1e-4 / min(1, temperature)) if exact "
-             "else (\n            gaps.mean().item(), 0.05 / temperature)",
-             "gap, limit = gaps.mean().item(), 0.05 / temperature")]),
+            ("complaints", "gap, limit = gaps.max(), 1e-4 / min(1, temperature)", "pass")]),
         ("asks bf16 for the exactness of float32", "bf16 rounds differently in other batches", [
-            ("complaints", 'exact = backbone.device.type == "cpu" and backbone.model.dtype == '
-             "torch.float32", "exact = True")]),
+            ("complaints", 'if backbone.device.type == "cpu" and backbone.model.dtype == '
+             "torch.float32:", "if True:")]),
         ("trusts what it is told of the split", "look at the hands that were dealt",
          "not all(in_training(e.env) for e in episodes)",
          'any(e.env.split != "train" for e in episodes)'),
@@ -527,23 +527,26 @@ def silent(function, says, tells):
     return Mutant(found.function, found.says, found.hint, found.edits, tells)
 
 
-# Planted in the whole repository, one by name. None of them is stopped by rl.py's self-check.
+# Planted in the whole repository, one by name. rl.py's self-check stops none of them. Numbers in
+# `tells` were measured; where there are none, nobody has: run it before you ask for one.
+UNMEASURED = "not measured; look at "
 HUNTS = [
     silent("rl.gae", "runs forwards", "value_loss 11.1 for 16.2, policy_loss -0.18 for -0.06"),
-    silent("rl.gae", "loses lambda", "value_loss and explained_variance; success and reward agree"),
+    silent("rl.gae", "loses lambda", UNMEASURED + "value_loss and policy_loss"),
     silent("rl.add_advantages", "normalises returns, too",
            "value_loss 0.5: half the variance of a unit normal; value_grad_norm 0.3 for 12.7"),
     silent("rl.add_advantages", "normalises each row apart",
-           "policy_loss; a hand with one try always has advantage 0"),
+           UNMEASURED + "policy_loss; a hand with one try always has advantage 0"),
     silent("rl.policy_loss", "takes max for min",
            "approx_kl 0.029 for 0.003; success looks better"),
     silent("rl.score", "reads V at the end of the conversation",
-           "explained_variance: V knows the answer"),
-    silent("rl.score", "lets the critic move the trunk unasked", "grad_norm 3.5 for 0.37"),
+           UNMEASURED + "explained_variance and value_loss: V has read the answer"),
+    silent("rl.score", "lets the critic move the trunk unasked",
+           "grad_norm 3.5 for 0.37 (mean of 24 updates)"),
     silent("sft.sft_loss", "takes the mean of the means of micro-batches",
-           "the loss of SFT depends on --micro-batch"),
+           UNMEASURED + "the loss of SFT, which should not depend on --micro-batch"),
     silent("sft.encode", "does not teach the end of an answer",
-           "answers run to --max-new-tokens; the share of answers that end"),
+           UNMEASURED + "`cut`, the share of answers that run to --max-new-tokens"),
     silent("gp_env.split_of", "splits by the names of cards",
-           "seen and held-out hands differ less: 10 J Q K are one number, in both splits"),
+           UNMEASURED + "seen and held-out hands: 10 J Q K are one number, in both splits"),
 ]

@@ -252,8 +252,11 @@ def run_draw(f, x):
     token = torch.as_tensor(token).reshape(count)
     said = torch.as_tensor(said).reshape(count)
     share, expected = token.bincount(minlength=len(right)) / count, right.exp()
+    error = (said - right[token]).abs().max()
+    if x["temperature"] == 0:           # the likeliest token always; its log p is anybody's
+        expected, error = torch.eye(len(right))[right.argmax()], 0.0
     surprise = (share - expected).abs() / (expected * (1 - expected) / count + 1e-9).sqrt()
-    return {"largest error of the log p that is returned": plain((said - right[token]).abs().max()),
+    return {"largest error of the log p that is returned": plain(error),
             "tokens are as frequent as their p": bool((surprise < 5).all()),
             "the same generator draws the same": plain(token) == plain(again.reshape(count)),
             "the global generator is left alone": torch.equal(before, torch.get_rng_state())}
@@ -324,6 +327,7 @@ def run_gae(f, x):
 def plain_returns(rewards, values, terminated, truncated, gamma, lam, after=0.0):
     """In the place of an empty gae, for lam = 1 alone: there A is the discounted sum minus V."""
     torch = module("torch")
+    rewards, values = torch.as_tensor(rewards), torch.as_tensor(values)
     assert lam == 1, "this stand-in knows lam = 1 only: pass on what you were given"
     sums = torch.stack([sum(gamma ** i * reward for i, reward in enumerate(rewards[k:]))
                         for k in range(len(rewards))])
@@ -339,14 +343,16 @@ def run_normalised(f, x):
 
 
 def run_add_advantages(f, x):
-    """"advantages" and "returns" of every row."""
+    """"advantages" and "returns" of every row; was it said that nothing can be learnt?"""
     torch = module("torch")
     stand_in("rl.gae", plain_returns)
     episodes = [made_episode(episode) for episode in x["episodes"]]
     rows = [{"tries": [tuple(one) for one in row["tries"]], "values": torch.tensor(row["values"])}
             for row in x["rows"]]
-    f(rows, episodes, x["gamma"], x["lam"])
-    return [{key: plain(row[key]) for key in ("advantages", "returns", "values")} for row in rows]
+    learns = f(rows, episodes, x["gamma"], x["lam"])
+    keys = ("advantages", "returns", "values")
+    return {"rows": [{key: plain(row[key]) for key in keys} for row in rows],
+            "nothing can be learnt": learns is not None and not learns}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -415,7 +415,7 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
         ids, mask = pad([r["ids"] for r in part]), pad([r["mask"] for r in part])
         lengths = torch.tensor([len(r["ids"]) for r in part])
         with torch.set_grad_enabled(backward):
-            hidden = trunk(backbone, ids, lengths, [r["picture"] for r in part])
+            hidden = trunk(backbone, ids, lengths)
             logp, _ = token_logprobs(backbone, hidden, ids, mask)
             share = -(logp / tokens).sum()
         if backward:
@@ -440,34 +440,34 @@ solutions("sft.sft_loss", [MEAN, MEAN.replace("loss += float(share)",
     (0, "            share.backward()", "            pass")])
 
 DRAW = '''
-def draw(logits, temperature, generator):
+def draw(logits, temperature, generator=None):
     if temperature == 0:
         token = logits.argmax(-1)
-        return token[:, None], logits.log_softmax(-1).gather(1, token[:, None])
+        return token, logits.log_softmax(-1)[torch.arange(len(token)), token]
     p = torch.softmax(logits / temperature, -1)
     token = torch.multinomial(p, 1, generator=generator)
-    return token, p.gather(1, token).log()
+    return token[:, 0], p.gather(1, token)[:, 0].log()
 '''
 solutions("evaluate.draw", [DRAW, '''
-def draw(logits, temperature, generator):
-    logp = torch.log_softmax(logits / temperature, -1)
+def draw(logits, temperature, generator=None):
+    logp = torch.log_softmax(logits / max(temperature, 1e-4), -1)
     coin = torch.rand(len(logits), 1, generator=generator)
     token = (logp.exp().cumsum(-1) < coin).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
-    return token, torch.take_along_dim(logp, token, 1)
+    return token[:, 0], torch.take_along_dim(logp, token, 1)[:, 0]
 ''', '''
-def draw(logits, temperature, generator):
-    scaled = logits / temperature
+def draw(logits, temperature, generator=None):
+    scaled = logits / (temperature or 1)
     noise = -torch.empty_like(scaled).exponential_(generator=generator).log()
-    token = (scaled + noise).argmax(-1, keepdim=True)
-    return token, torch.log_softmax(scaled, -1).gather(1, token)
-''', DRAW.replace("p.gather(1, token).log()",
-                  "torch.distributions.Categorical(probs=p).log_prob(token[:, 0])[:, None]")], [
-    (0, "return token, p.gather(1, token).log()",
-     "return token, logits.log_softmax(-1).gather(1, token)"),
+    token = (scaled + noise * (temperature > 0)).argmax(-1, keepdim=True)
+    return token[:, 0], torch.log_softmax(scaled, -1).gather(1, token).squeeze(1)
+''', DRAW.replace("p.gather(1, token)[:, 0].log()",
+                  "torch.distributions.Categorical(probs=p).log_prob(token[:, 0])")], [
+    (0, "p.gather(1, token)[:, 0].log()", "logits.log_softmax(-1).gather(1, token)[:, 0]"),
     (0, "torch.softmax(logits / temperature, -1)", "torch.softmax(logits, -1)"),
     (0, ", generator=generator", ""),
     (0, "torch.multinomial(p, 1, generator=generator)", "p.argmax(-1, keepdim=True)"),
-    (0, "p.gather(1, token).log()", "p.gather(1, token)"),
+    (0, "[:, 0].log()", "[:, 0]"),
+    (0, "temperature == 0", "False"),
     (1, "token = (logp.exp()", "token = (logits.softmax(-1)"),
     (2, "exponential_(generator=generator)", "exponential_()")])
 
@@ -524,9 +524,8 @@ def conversations(episodes):
 
 SCORE = '''
 def score(backbone, head, rows, temperature, value_trunk=False):
-    ids, mask = pad([r["ids"] for r in rows]), pad([r["mask"] for r in rows])
-    lengths = torch.tensor([len(r["ids"]) for r in rows])
-    hidden = trunk(backbone, ids, lengths, [r["picture"] for r in rows])
+    ids, mask, lengths, pictures = batch(backbone, rows)
+    hidden = trunk(backbone, ids, lengths, pictures)
     logprobs, entropy = token_logprobs(backbone, hidden, ids, mask, temperature)
     states = torch.stack([hidden[i, t] for i, r in enumerate(rows) for t in r["value_at"]])
     if not value_trunk:
@@ -631,10 +630,13 @@ def add_advantages(rows, episodes, gamma, lam):
         a, r = gae(rewards, values, episode.terminated, episode.truncated, gamma, lam)
         for k in range(len(rewards)):
             raw[e, k], returns[e, k] = a[k], r[k]
+    alike = len(episodes) > 1 and len({tuple(t.reward for t in e.turns) for e in episodes}) == 1
     even = dict(zip(raw, normalised(torch.stack(list(raw.values())))))
+    even = {t: 0 * a for t, a in even.items()} if alike else even
     for row in rows:
         row["advantages"] = torch.stack([even[t] for t in row["tries"]])
         row["returns"] = torch.stack([returns[t] for t in row["tries"]])
+    return not alike
 '''
 solutions("rl.add_advantages", [ADD, ADD.replace("normalised(torch.stack(list(raw.values())))",
                                                  "torch.tensor(even_out(raw))") + '''
@@ -663,8 +665,8 @@ def mine(rewards, values, gamma, lam):
      "range(len(episodes))])"),
     (0, "    for row in rows:\n        row[\"adv", "    left = list(even.values())\n    for row in "
      "rows:\n        row[\"adv"),
-    (0, "returns[t] for", "raw[t] for"),
-    (0, "unbiased=False", "unbiased=True")])
+    (0, "returns[t] for", "raw[t] for"), (0, "    return not alike\n", "    return True\n"),
+    (0, "unbiased=False", "unbiased=True"), (0, "len(episodes) > 1 and ", "")])
 WRONG["rl.add_advantages"][4] = WRONG["rl.add_advantages"][4].replace(
     "even[t] for t in row", "left.pop(0) for t in row")
 
@@ -732,25 +734,32 @@ def value_loss(values, old_values, returns, clip):
      "(near - returns).square()"),
     (1, "-clip, clip", "max=clip")])
 
-solutions("rl.explained_variance", [
-    "def explained_variance(values, returns):\n    return 1 - (returns - values).var("
-    "unbiased=False) / (returns.var(unbiased=False) + 1e-8)\n",
-    '''
+EV = """
+def explained_variance(values, returns):
+    if returns.var(unbiased=False) < 1e-8:
+        return None
+    return 1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False)
+"""
+solutions("rl.explained_variance", [EV, '''
 import statistics
 def explained_variance(values, returns):
+    total = statistics.pvariance([float(r) for r in returns])
     left = statistics.pvariance([float(r - v) for r, v in zip(returns, values)])
-    return 1 - left / statistics.pvariance([float(r) for r in returns])
+    return 1 - left / total if total > 1e-9 else None
 ''', '''
 import numpy as np
 def explained_variance(values, returns):
     v, r = values.numpy(), returns.numpy()
-    return 1 - np.var(r - v) / np.var(r)
-''', "def explained_variance(values, returns):\n    error = values - returns\n    return (1 - "
-     "error.var() / returns.var()).item()\n"], [
+    return None if np.ptp(r) == 0 else 1 - np.var(r - v) / np.var(r)
+''', """
+def explained_variance(values, returns):
+    error, spread = values - returns, returns.max() - returns.min()
+    return (1 - error.var() / returns.var()).item() if spread > 0 else None
+"""], [
     (0, "(returns - values).var(unbiased=False)", "(returns - values).square().mean()"),
-    (0, "returns.var(unbiased=False) + 1e-8", "values.var(unbiased=False) + 1e-8"),
-    (0, "1 - (returns", "(returns"),
-    (0, "(returns - values).var(unbiased=False) / (returns.var(unbiased=False) + 1e-8)",
+    (0, "/ returns.var(unbiased=False)", "/ values.var(unbiased=False)"),
+    (0, "1 - (returns", "(returns"), (0, "return None", "return 0.0"),
+    (0, "(returns - values).var(unbiased=False) / returns.var(unbiased=False)",
      "(returns - values).square().mean() / returns.square().mean()"),
     (3, "error.var() / returns.var()", "error.std() / returns.std()"),
     (2, "np.var(r - v)", "np.var(v)")])
