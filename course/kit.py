@@ -121,9 +121,9 @@ def known_mistakes(bench, function, made, expected):
     import mutants
     known = [mutant for mutant in mutants.MUTANTS if mutant.function == function]
     text = source(function.split(".")[0])
-    texts = [mutants.apply(text, mutant) for mutant in known]
-    if problem_of(function).blank:      # the rest of the file is ours anyway
-        texts = [mutants.solution(changed, function) for changed in texts]
+    # where the function was blank, the rest of the file is ours anyway
+    made_by = mutants.solution if problem_of(function).blank else mutants.apply
+    texts = [made_by(text, mutant) for mutant in known]
     given = bench.many(function, texts, made)
     return [{"says": mutant.says, "hint": mutant.hint, "gives": {
         i: outcome for i, outcome in enumerate(gives) if not same(outcome, expected[i])}}

@@ -37,45 +37,55 @@ def parsed(text):
     return ast.parse(text).body
 
 
-def span(text, name):
-    """(start, end) of a top-level function, class or constant in a file, as offsets."""
-    lines = text.splitlines(keepends=True)
+@functools.lru_cache(maxsize=8)
+def spans(text):
+    """{name: (start, end)} of the top-level functions, classes and constants of a file."""
+    found, starts = {}, [0]
+    for line in text.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
     for node in parsed(text):
         names = [getattr(node, "name", None)]
         if isinstance(node, ast.Assign):
             names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        if name in names:
-            return (sum(map(len, lines[:node.lineno - 1])), sum(map(len, lines[:node.end_lineno])))
-    raise EditLost(f"there is no {name} at the top level any more")
+        found |= dict.fromkeys(names, (starts[node.lineno - 1], starts[node.end_lineno]))
+    return found
+
+
+def edited(text, mutant):
+    """{where: its new text} of all places that a mutant changes. Raises EditLost, with a line."""
+    file, found = mutant.function.split(".")[0], {}
+    whose = f"(mutant of {mutant.function}: {mutant.says})"
+    for where, old, new in mutant.edits:
+        if where not in spans(text):
+            raise EditLost(f"{file}.py: there is no {where} at the top level any more {whose}")
+        part = found.get(where, text[slice(*spans(text)[where])])
+        if part.count(old) != 1:
+            raise EditLost(f"{file}.py, {where}: {old!r} stands {part.count(old)} times, not once "
+                           f"{whose}")
+        found[where] = part.replace(old, new)
+    return found
 
 
 def apply(text, mutant):
     """The text of a file with the mutant's edits. Raises EditLost with a line that says which."""
-    file = mutant.function.split(".")[0]
-    for where, old, new in mutant.edits:
-        try:
-            start, end = span(text, where)
-        except EditLost as lost:
-            raise EditLost(f"{file}.py: {lost} (mutant of {mutant.function}: "
-                           f"{mutant.says})") from None
-        count = text[start:end].count(old)
-        if count != 1:
-            raise EditLost(f"{file}.py, {where}: {old!r} stands {count} times, not once (mutant of "
-                           f"{mutant.function}: {mutant.says})")
-        text = text[:start] + text[start:end].replace(old, new) + text[end:]
+    changed, places = edited(text, mutant), spans(text)
+    for where in sorted(changed, key=places.get, reverse=True):
+        start, end = places[where]
+        text = text[:start] + changed[where] + text[end:]
     return text
 
 
-def solution(text, function):
-    """The parts of a file that are the solution of this function's problem."""
-    spans = [span(text, name) for name in problems.own_names(function)]
-    return "\n".join(text[start:end] for start, end in spans)
+def solution(text, mutant):
+    """The parts of a file that are the solution of this problem, as the mutant has them."""
+    changed = edited(text, mutant)
+    return "\n".join(changed.get(name, text[slice(*spans(text)[name])])
+                     for name in problems.own_names(mutant.function))
 
 
 def line_of(text, mutant):
     """The number of the first line that a mutant changes."""
     where, old, _ = mutant.edits[0]
-    start, _ = span(text, where)
+    start, _ = spans(text)[where]
     return text.count("\n", 0, text.index(old, start)) + 1
 
 

@@ -495,13 +495,13 @@ solutions("rl.conversations", [ROWS, ROWS.replace("    return rows\n", '''    fo
         row["ids"], row["mask"] = torch.tensor(row["ids"]), torch.tensor(row["mask"])
     return rows
 '''), ROWS.replace("[(e, k)]", "[[e, k]]"), '''
-def cut(episode):
+def talks(episode):
     at = [k for k, turn in enumerate(episode.turns) if turn.new_conversation]
     return zip(at, at[1:] + [len(episode.turns)])
 def conversations(episodes):
     rows = []
     for e, episode in enumerate(episodes):
-        for start, end in cut(episode):
+        for start, end in talks(episode):
             turns = episode.turns[start:end]
             ids, mask, value_at = [], [], []
             for turn in turns:

@@ -220,7 +220,7 @@ def solution_lines(file, name):
     """The lines of a solution that say something."""
     first, last = body(file, name)
     lines = {line.strip() for line in kit.source(file).splitlines()[first - 1:last]}
-    return {line for line in lines if len(line) >= 16}
+    return {line for line in lines if len(line) >= 20}
 
 
 def standing_lines():
@@ -285,7 +285,7 @@ HOSTILE = {
     "sys.exit": "    raise SystemExit(0)",
     "a crash": "    import ctypes; ctypes.string_at(0)",
     "a huge allocation": "    return torch.zeros(10 ** 11), values",
-    "a list without end": "    x = []\n    while True: x.append([0] * 10 ** 6)",
+    "a list without end": "    x = []\n    while True: x.append(bytes(10 ** 8))",
     "a wrong import": "    import nothing_of_that_name",
     "a wrong type": "    return None",
     "a process": "    import os\n    while True: os.fork()",
