@@ -138,7 +138,6 @@ class Episode:
     turns: list = field(default_factory=list)
     terminated: bool = False    # the game is over (a walk may have missed positions: see `solved`)
     truncated: bool = False     # out of tries
-    # --- while it is played
     told: list = None           # tokens of the latest user turn: what the update will see as prompt
     pending: list = None        # tokens that the model has not read yet; they end with `told`
     picture: dict | None = None     # of the running conversation
@@ -626,9 +625,10 @@ def evaluate_run(args, cells):
     rows = {row["step"]: row for row in sft.read_lines(path)}
     trained = {row["step"]: row for row in sft.read_lines(folder / "metrics.jsonl")}
     for step, checkpoint in found.items():
-        flops = trained.get(step, {}).get("flops", 0)       # of SFT: all that is charged is spent
+        flops = trained.get(step, {}).get("flops", 0)
+        spent = trained.get(step, {}).get("flops_spent", flops)     # SFT: all that is charged
         row = rows.setdefault(step, {"step": step, "hands": args.hands, "how": how, "flops": flops,
-                                     "flops_spent": flops, "cells": {}})
+                                     "flops_spent": spent, "cells": {}})
         lacking = dict.fromkeys(cell for cell, split in cell_splits(cells, args.splits, args.task)
                                 if f"{SPLIT_NAMES[split]}/{cell}" not in row["cells"])
         if not lacking:
@@ -676,10 +676,11 @@ def show_more(results):
         kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in m["errors"].items())
         print(f"\n# {name}: first answers that were wrong: {kinds or 'none'}")
         if "kinds" in m:
-            print("    right tries, the rail going on:", ", ".join(
+            print("    right tries where the rail goes on:", ", ".join(
                 f"{kind} {r['rate']:.1%} of {r['count']}" for kind, r in m["kinds_on"].items()))
-            print(f"    landmarks read where there is one {m['landmarks_present']:.1%}, none "
-                  f"{m['landmarks_empty']:.1%}; action and all {m['whole_right']:.1%}")
+            print(f"    read right: landmarks {m['landmarks_present']:.1%}, where there is none "
+                  f"{m['landmarks_empty']:.1%}, intersection {m['crossings_read']:.1%}; and the "
+                  f"action {m['whole_right']:.1%}")
 
 
 def show_transcripts(episodes, count):

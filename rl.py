@@ -594,10 +594,7 @@ def inspect(args):
 
 
 def make_start(args):
-    """The SFT start: made once by stage 1, kept in runs/, found again. Returns its path.
-
-    The folder's name holds a digest of all that decides it: flags, the model's weights, the code.
-    """
+    """The SFT start, kept in runs/ under a digest of all that decides it. Returns its path."""
     wanted = sft.flags(["--task", args.task] + ["--preset", args.preset] * bool(args.preset))
     for name in ("seed", "model", "split", "routes", "other_routes", "picture_size", "announce",
                  "dtype", "freeze", "ood", "grad_checkpoint"):

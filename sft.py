@@ -146,8 +146,8 @@ def batch(backbone, rows):
     pictures = [row["picture"] for row in rows]
     shown = [picture is not None for picture in pictures]
     assert all(shown) or not any(shown), "some rows show a picture and some do not"
-    ids, mask = pad([row["ids"] for row in rows]), pad([row["mask"] for row in rows])
-    lengths = torch.tensor([len(row["ids"]) for row in rows])
+    ids, mask = pad([row["ids"] for row in rows]), pad([row["mask"] for row in rows])   # (B, T)
+    lengths = torch.tensor([len(row["ids"]) for row in rows])                          # (B,)
     device = backbone.device
     return ids.to(device), mask.to(device), lengths.to(device), pictures if any(shown) else None
 
@@ -203,7 +203,7 @@ def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
     """
     assert hidden.shape[:2] == ids.shape == mask.shape, (hidden.shape, ids.shape, mask.shape)
     assert not mask[:, 0].any(), "nothing comes before position 0: it cannot be scored"
-    wanted = mask[:, 1:].bool()
+    wanted = mask[:, 1:].bool()         # wanted[:, t]: token t + 1 is scored, by hidden[:, t]
     with precision(backbone):
         logits = backbone.model.get_output_embeddings()(hidden[:, :-1][wanted])     # (N, V)
     # float32 before the softmax: a log p in bf16 is rounded to 1/32 or worse, and that alone moves
@@ -228,7 +228,7 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
     Returns (loss as a float, number of tokens fed). With backward=True gradients are accumulated.
     """
     learning_mode(backbone, backward)
-    total = sum(sum(row["mask"]) for row in rows)
+    total = sum(sum(row["mask"]) for row in rows)         # answer tokens of the whole batch
     loss_sum = fed = 0
     for part in by_length(rows, micro_batch):
         ids, mask, lengths, pictures = batch(backbone, part)
@@ -238,7 +238,7 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
             loss = -logprobs.sum() / total
         if backward:
             loss.backward()
-        loss_sum += loss.item()
+        loss_sum += loss.item()         # each part is its share of the mean already
         fed += int(lengths.sum())
     return loss_sum, fed
 
@@ -293,7 +293,7 @@ def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=Fa
     parameters = [p for p in backbone.model.parameters() if p.requires_grad]
     # beta2 as in the paper's SFT scripts; fused: one pass over memory for each tensor
     optimizer = adamw([{"params": parameters, "lr": 0.0}], (0.9, 0.98), fused=True)
-    first, path = 0, folder
+    first, path = 0, folder             # step to begin with, last checkpoint
     if resume and checkpoints(folder):
         first, path = checkpoints(folder)[-1]
         tokens = load_state(path, model=backbone, optimizer=optimizer)["tokens"]
@@ -304,7 +304,7 @@ def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=Fa
         rows = [encode(backbone, conversation) for conversation in draw(step)]
         loss, fed = sft_loss(backbone, rows, micro_batch)
         take_step(optimizer, [torch.nn.utils.clip_grad_norm_(parameters, 1.0)])
-        tokens += fed
+        tokens += fed                   # prompt and answer, as the paper counts D
         losses.append(loss)
         if step + 1 in save_at or step + 1 == stop:
             row = {"step": step + 1, "loss": sum(losses) / len(losses), "tokens": tokens,
@@ -319,7 +319,7 @@ def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=Fa
             numbers = [f"{name} {value:.4f}" for name, value in row.items()
                        if "loss" in name or "nll" in name or "read" in name]
             tqdm.write("  ".join([f"step {step + 1:5d}", *numbers]))
-            losses = []
+            losses = []                 # the next row's mean begins anew
     return path
 
 
@@ -339,7 +339,7 @@ def run_sft(args, folder, stop, backbone):
         made = [expert(rng, split=args.split, revise=args.revise, **options | ruled)
                 for _ in range(args.batch)]
         for first, *_ in made if args.drop_pictures else ():
-            first.pop("image", None)
+            first.pop("image", None)    # the words that speak of a picture stay
         return made
 
     def held_out(**shift):
@@ -442,9 +442,10 @@ def save_checkpoint(folder, backbone, state=None):
             torch.save(state, aside / "state.pt")
     except Exception as error:      # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
-        raise Problem(f"{folder} cannot be written ({str(error)[:200]}): is the disk full? Nothing "
-                      "saved before is lost: go on with --resume") from None
-    shutil.rmtree(folder, ignore_errors=True)
+        full = ", the disk is full" * (shutil.disk_usage(folder.parent).free < 2 ** 26)
+        raise Problem(f"{folder} cannot be written ({str(error)[:200]}){full}; what was saved "
+                      "before is not lost: go on with --resume") from None
+    shutil.rmtree(folder, ignore_errors=True)           # an older one of that name
     return aside.rename(folder)
 
 
@@ -501,7 +502,7 @@ class Metrics:
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in rows
                                  if row["step"] <= resume_at))
-        self.file = open(aside.rename(path), "a", buffering=1)
+        self.file = open(aside.rename(path), "a", buffering=1)     # a line at a time
 
     def write(self, row):
         """Append one row (a dict with "step"). JSON has no nan or infinity: null."""
@@ -574,7 +575,7 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
     # a hub name is "owner/model"
     local = folder.is_absolute() or str(name).count("/") != 1 or folder.parent.exists()
     if local and not (folder / "config.json").exists():
-        raise Problem(f"--model {name}: no config.json there; give a checkpoint or a hub name")
+        raise Problem(f"{name}: no config.json there; give a checkpoint or a hub name")
     try:        # a folder from elsewhere runs no code here: neither its modules nor a pickle
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         sees = getattr(config, "vision_config", None) is not None
@@ -587,10 +588,9 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:      # the loaders raise a dozen types for one thing: cannot load
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise Problem(f"--model {name}: cannot load it ({said}). A folder needs config.json, "
-                      "model.safetensors and a tokenizer. On the hub, accept its licence and run "
-                      "`hf auth login`; without a network, `hf download NAME --local-dir FOLDER` "
-                      "elsewhere and give that folder") from None
+        raise Problem(f"{name}: cannot load it ({said}). A folder needs config.json, safetensors "
+                      "and a tokenizer. Hub: accept the licence, `hf auth login`; without network, "
+                      "`hf download NAME --local-dir FOLDER` elsewhere") from None
     # We sample by ourselves; settings for sampling that contradict each other cannot be saved.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     processor, blind = load_processor(name, local, config) if sees else (None, Backbone.blind)
@@ -608,7 +608,7 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
     template = getattr(tokenizer, "chat_template", None) or getattr(
         processor, "chat_template", None)       # some vision-language models keep it there only
     if not template:
-        raise Problem(f"--model {name}: its tokenizer has no chat template; use an instruct model")
+        raise Problem(f"{name}: its tokenizer has no chat template; use an instruct model")
     if "strftime_now" in template and "macro strftime_now" not in template:     # one date for all
         template = ("{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}" + template)
     tokenizer.chat_template = template
@@ -617,7 +617,7 @@ def wrap_backbone(model, tokenizer, name="model", processor=None, blind=Backbone
     end_id, *_ = tokenizer(after_answer or "?", add_special_tokens=False)["input_ids"]
     end_text = tokenizer.convert_ids_to_tokens(end_id)
     if not after_answer.startswith(end_text):
-        raise Problem(f"--model {name}: its chat template has no end-of-turn token; unsupported")
+        raise Problem(f"{name}: its chat template has no end-of-turn token; unsupported")
     before_picture = ""
     if processor is not None:
         before_picture, blind = picture_markup(tokenizer, processor, before_answer)
@@ -662,7 +662,7 @@ def markup(tokenizer, name):
             trouble = "does not open an answer as it opens those of the past"
             continue
         return before_first, before_answer, whole.split("AAA")[1].split("FFF")[0]
-    raise Problem(f"--model {name}: its chat template {trouble}; unsupported")
+    raise Problem(f"{name}: its chat template {trouble}; unsupported")
 
 
 @torch.no_grad()
@@ -672,18 +672,18 @@ def check_model(backbone, name):
     said = backbone.before_first + string.printable + backbone.before_answer
     ids = backbone.tokenizer(said, add_special_tokens=False)["input_ids"]
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:
-        raise Problem(f"--model {name}: its tokenizer is of another model: it knows more tokens")
+        raise Problem(f"{name}: its tokenizer is of another model: it knows more tokens")
     # A layer that forgets what is far away, or keeps it in another form, needs another sampler.
     if set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
-        raise Problem(f"--model {name}: some of its layers forget what was said; unsupported")
+        raise Problem(f"{name}: some of its layers forget what was said; unsupported")
     ids = torch.tensor([ids[:64]], device=backbone.device)
-    hidden = trunk(backbone, ids, torch.tensor([ids.shape[1]], device=backbone.device))
+    hidden = trunk(backbone, ids, torch.tensor([ids.shape[1]], device=backbone.device))  # (1, T, H)
     with precision(backbone):
         ours = model.get_output_embeddings()(hidden).float()
         theirs = model(input_ids=ids, use_cache=False).logits.float()
     gap = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)
     if not gap < 0.02:
-        raise Problem(f"--model {name}: its logits are not those of its output layer (off by "
+        raise Problem(f"{name}: its logits are not those of its output layer (off by "
                       f"{gap:.0%}): a model that scales or bends them is unsupported")
 
 
@@ -697,7 +697,7 @@ def answer_length(backbone, args, tries=1):
     options = {"split": getattr(args, "split", "val")} | game_options(args)
     rows = [encode(backbone, ENVIRONMENTS[name].expert_conversation(rng, **options | rule))
             for _ in range(32) for rule in ({}, OTHER_RULE[name])]
-    longest = max(sum(row["mask"]) for row in rows)
+    longest = max(sum(row["mask"]) for row in rows)        # its end token included
     length = args.max_new_tokens or 8 * math.ceil(longest * 1.25 / 8)
     if length < longest:
         tqdm.write(f"--max-new-tokens {length} cuts off right answers: expert answers have up to "
@@ -799,7 +799,7 @@ def encode_picture(backbone, text, image):
         grid, mark = seen["image_grid_thw"], backbone.model.config.image_token_id
         at, merged = ids.index(mark), backbone.processor.image_processor.merge_size ** 2
         ids[at:at + 1] = [mark] * (int(grid.prod()) // merged)
-        seen["shift"] = position_shift(backbone, ids, grid)
+        seen["shift"] = position_shift(backbone, ids, grid)         # (1, 3, T)
     # its mask over the tokens grows with the conversation, so it is made later (cross_mask)
     apart = ("input_ids", "attention_mask", "token_type_ids", "num_tiles")
     return ids, {key: value for key, value in seen.items() if key not in apart}
@@ -821,7 +821,7 @@ def position_shift(backbone, ids, grid):
     """
     ids = torch.tensor([ids])
     kinds = (ids == backbone.model.config.image_token_id).int()
-    where, _ = backbone.model.base_model.get_rope_index(ids, kinds, image_grid_thw=grid)
+    where, _ = backbone.model.base_model.get_rope_index(ids, kinds, image_grid_thw=grid) # (3, 1, T)
     return (where - torch.arange(ids.shape[1])).transpose(0, 1)
 
 
@@ -845,7 +845,7 @@ def picture_inputs(backbone, ids, pictures, position):
     ids, position (B, T); pictures: B dicts of tensors from `encode_picture`.
     """
     if crossing_layers(backbone.model):
-        states, tiles = cross_states(backbone, pictures)
+        states, tiles = cross_states(backbone, pictures)            # (B, P, H), (B, tiles)
         return {"cross_attention_states": states,
                 "cross_attention_mask": cross_mask(backbone, ids, tiles)}
     # the placeholders take what was seen one by one, row after row
@@ -884,7 +884,7 @@ def cross_mask(backbone, ids, tiles, passed=False):
 
 def halve(master):
     """float32 -> its upper half, a bfloat16, and what rounding left over, an int16."""
-    bits = master.view(torch.int32)
+    bits = master.view(torch.int32)             # the same 32 bits, read as an integer
     upper = (bits + 0x8000) & -0x10000          # add half a unit, then clear the lower 16 bits
     return upper.view(torch.float32).bfloat16(), (bits - upper).to(torch.int16)
 
@@ -944,8 +944,8 @@ class AdamW16(torch.optim.Optimizer):
         """Change one chunk in place."""
         beta1, beta2 = group["betas"]
         half = weight.dtype == torch.bfloat16
-        m = first.float() * beta1 + gradient.float() * (1 - beta1)
-        v = second.float() * beta2 + gradient.float().square() * (1 - beta2)
+        m = first.float() * beta1 + gradient.float() * (1 - beta1)              # E[g]
+        v = second.float() * beta2 + gradient.float().square() * (1 - beta2)    # E[g^2]
         way = (m / (1 - beta1 ** step)) / ((v / (1 - beta2 ** step)).sqrt() + group["eps"])
         # `rest` is int16 under the name of bf16: torch would cast other state that it loads
         moved = (rejoin(weight, rest.view(torch.int16)) if half else weight) - group["lr"] * way
@@ -989,7 +989,7 @@ def guarded(main):
         said = f"{error}; nothing saved before is lost"
     except (MemoryError, torch.OutOfMemoryError):
         said = ("out of memory: lower --micro-batch or add --grad-checkpoint (training), lower "
-                "--sample-batch or --batch (sampling), or begin with --dtype bfloat16")
+                "--sample-batch or --batch (sampling), and run it again, training with --resume")
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; training goes on with --resume", file=sys.stderr)
         return 130
@@ -1045,9 +1045,11 @@ def parse_flags(parser, task_defaults, presets, argv=None):
     parser.set_defaults(**task_defaults.get(first.task, {}))
     if getattr(first, "preset", None):
         parser.set_defaults(**presets[first.task])
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)      # now with the defaults of the task
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
+        if value == "":                 # from a shell variable that is not set
+            raise Problem(f"{flag} is empty")
         if isinstance(value, (int, float)) and not 0 <= value < 2 ** 31:       # refuses nan, too
             raise Problem(f"{flag} {value}: must be a number of 0 or more, below 2**31")
         if type(value) is int and value < 1 and parser.get_default(name) != 0:
@@ -1055,7 +1057,7 @@ def parse_flags(parser, task_defaults, presets, argv=None):
     check_task(args)
     args.model = args.model or str(DEFAULT_MODEL[args.task])
     if args.threads:
-        torch.set_num_threads(min(args.threads, os.cpu_count() or 1))
+        torch.set_num_threads(min(args.threads, os.cpu_count() or 1))   # more would only wait
     return args
 
 
@@ -1099,7 +1101,7 @@ def content_digest(args):
     seen = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in files:
         seen.update(file.read_bytes())
-    return seen.hexdigest()[:8]
+    return seen.hexdigest()[:8]         # 32 bits: enough for the starts of one folder
 
 
 def flags(argv=None):
@@ -1126,7 +1128,7 @@ def main():
           f"{args.batch} examples", flush=True)
     backbone = open_backbone(args)
     freeze(backbone.model, args.freeze)                 # before the run folder is claimed
-    answer_length(backbone, args)
+    answer_length(backbone, args)       # says so if right answers would be cut off
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
     run_sft(args, folder, args.steps, backbone)
     print(f"done. Next, play every checkpoint:\n    python evaluate.py --run "

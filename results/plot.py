@@ -98,7 +98,7 @@ def check_row(row, task):
         raise ValueError("compute or hands are no such numbers")
     for measures in row["cells"].values():
         for measure in MEASURES[task]:
-            if not 0 <= measures.get(measure, 0) <= 1:
+            if measure != "message" and not 0 <= measures.get(measure, 0) <= 1:
                 raise ValueError("a rate is not between 0 and 1")
             if measures.get(SHARE_OF.get(measure), 1) < 0:
                 raise ValueError("a count is below 0")
@@ -110,7 +110,9 @@ def settings_of(args):
     >>> settings_of({"seed": 2, "lr": 0.1, "init": "runs/start-s2/step-000060"})
     {'lr': 0.1, 'init': 'runs/start-s*/step-000060'}
     """
-    settings = {key: value for key, value in args.items() if key != "seed"}
+    # how a run was watched while it went on changes nothing of it
+    settings = {key: value for key, value in args.items()
+                if key != "seed" and not key.startswith("eval_")}
     for key in ("model", "init"):
         if isinstance(settings.get(key), str):
             settings[key] = re.sub(rf"(?<![A-Za-z0-9])(s|seed){args['seed']}(?![0-9])", r"\1*",

@@ -642,13 +642,6 @@ def test_a_run_is_measured_in_one_way(model, tmp_path, monkeypatch, capsys, args
         assert list(row["cells"]) == ["held-out/id", "held-out/fake"]
 
 
-def test_a_run_of_rl_is_not_measured_as_one_of_sft(model, tmp_path, monkeypatch, capsys):
-    """Catches the figure's compute counted by the formula of the other stage."""
-    os.symlink(model, tmp_path / "step-000001")
-    (tmp_path / "args.json").write_text('{"kind": "rl"}')
-    assert_one_line(*command(monkeypatch, capsys, evaluate, "--run", tmp_path, *QUICK), "--run")
-
-
 @pytest.mark.parametrize("name, text", [
     ("eval.jsonl", '{"step": 1, "cel'), ("metrics.jsonl", '{"step": 1}\n'),
     ("step-\N{SUPERSCRIPT TWO}/config.json", "{}")])

@@ -187,7 +187,8 @@ def test_position_shift_by_hand():
     other = sft.position_shift(backbone, [7, mark, mark, 8], torch.tensor([[1, 2, 4]]))
     count = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7, 8, 9, 10],
                           [0, 1, 2, 3, 4, 5, 6, 7]])
-    where = sft.shifted([{"shift": shift}, {"shift": shift}, {"shift": other}], count)
+    table = sft.shift_table([{"shift": shift}, {"shift": shift}, {"shift": other}])
+    where = sft.shifted(table, count)
     assert where[0, 0].tolist() == [0, 1, 1, 1, 1, 3, 4, 5]
     assert where[2, 0].tolist() == [0, 1, 2, 1, 2, 3, 4, 5]
     assert where[:, 1].tolist() == [[1, 1, 3, 4, 5, 6, 7, 8], [2, 2, 3, 4, 5, 6, 7, 8],

@@ -946,7 +946,6 @@ def test_a_model_that_is_too_short_is_refused_before_anything_is_trained(tiny, t
     (["--eval-hands", "0"], ["--eval-hands"]),
     (["--eval-every", "0"], ["--eval-every"]),
     (["--gamma", "-0.1"], ["--gamma"]),
-    (["--gamma", "1.5"], ["--gamma"]),
     (["--seed", str(2 ** 63)], ["--seed"]),
     (["--out", "model/config.json"], ["config.json"]),
 ])

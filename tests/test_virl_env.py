@@ -172,7 +172,7 @@ def check_rail(function):
     class Never:
         random = staticmethod(lambda n: np.ones(n))     # never below the drop rate
 
-    town_route = virl_env.Route(0, 0, (), ("a", "b", "c"), (10, 20), ("north", "north"),
+    town_route = released.Route(0, 0, (), ("a", "b", "c"), (10, 20), ("north", "north"),
                                 (NOTHING, "X is on your left", "The destination Y"),
                                 (("p",), ()))
     rail = function(town_route, 300, Never)

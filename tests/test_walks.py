@@ -387,7 +387,7 @@ def test_sft_of_walks_killed_and_resumed_is_the_same(at_work, monkeypatch, capsy
     (["--routes", "nowhere"], ["nowhere"]),
     (["--other-routes", "nowhere"], ["nowhere"]),
     (["--routes", "broken"], ["broken/route_infos.json", "JSON"]),
-    (["--task", "virl-vl", "--routes", "blind"], ["blind/street_views", "route 0"]),
+    (["--task", "virl-vl", "--routes", "blind"], ["blind/street_views"]),
     (["--routes", "small"], ["too few", "--splits all"]),
     (["--no-announce"], ["--no-announce"]),
     (["--model", "nowhere"], ["nowhere"]),
