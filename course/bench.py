@@ -42,6 +42,7 @@ from problems import FILES, code_functions, own_names, problem_of  # noqa: E402
 
 CPU_SECONDS, WALL_SECONDS = 8, 20
 EXTRA_MEMORY = 1 << 30          # bytes on top of what the server holds
+HELD_BACK = ("honest", "kind")  # what an example knows of its answer: no child is told
 MAX_REPLY = 4_000_000           # bytes of all outcomes of one function
 NOT_DUMPABLE = 4                # prctl: no process of the same user may look into this one
 SUBREAPER = 36                  # prctl: grandchildren that lost their parent become ours
@@ -117,7 +118,8 @@ def put(module, text, function, own, allowed):
     nodes = needed(text, function, set(vars(module)), allowed)
     if not any(isinstance(node, ast.FunctionDef) and node.name == function for node in nodes):
         raise LookupError(f"there is no function {function} that Python can read in the file")
-    # Running a student's text is what this file is for; it happens in a child with limits.
+    # Nothing here calls eval or exec: they would run words. A whole statement that ast could read
+    # becomes a function; to call a student's code is what this child, with its limits, is for.
     for node in nodes:
         code = compile(ast.Module([node], []), f"{module.__name__}.py", "exec")
         types.FunctionType(code, vars(module))()
@@ -361,8 +363,10 @@ class Bench:
         if whole:
             own = [name for one in code_functions() if one.split(".")[0] == function.split(".")[0]
                    for name in own_names(one)]
-        return self.ask({"function": function, "text": text, "examples": examples,
-                         "own": own, "allowed": problem_of(function).allowed})
+        told = [{key: value for key, value in example.items() if key not in HELD_BACK}
+                for example in examples]
+        return self.ask({"function": function, "text": text, "examples": told, "own": own,
+                         "allowed": problem_of(function).allowed})
 
     def many(self, function, texts, examples):
         """Outcomes of one function in many texts of OURS, in one process: a list of lists."""

@@ -437,7 +437,7 @@ def hunt(name, out):
     mutant = chosen(name, mutants.HUNTS)
     file = mutant.function.split(".")[0]
     text = source(file)
-    planted, line = mutants.apply(text, mutant), mutants.line_of(text, mutant)
+    planted, line = mutants.apply(text, mutant), mutants.lines_of(text, mutant)[0][0]
     copy_files(out, lambda path: path.parts[0] not in ("tests", "course", ".ci", ".github"))
     (out / f"{file}.py").write_text(planted, "utf-8")
     print(f"key for {ascii(name)}: {file}.py, line {line}: {mutant.function} {mutant.says}\n"
@@ -452,11 +452,10 @@ def grade_hunt(bench, folder, name):
     name = str(handed_in.get("name", "")) if name is None else name
     mutant = chosen(name, mutants.HUNTS)
     file = mutant.function.split(".")[0]
-    line = mutants.line_of(source(file), mutant)
-    length = mutant.edits[0][2].count("\n")
     said = handed_in.get("line")
     hit = (handed_in.get("file") == f"{file}.py" and isinstance(said, int)
-           and line - 2 <= said <= line + length + 2)
+           and any(first - 2 <= said <= last + 2
+                   for first, last in mutants.lines_of(source(file), mutant)))
     lines = result("hunt.line", 6 * hit, "this is the line" if hit else "another line, or none")
     test = read_hand_in(folder, "test_hunt.py")
     if not test:

@@ -82,11 +82,14 @@ def solution(text, mutant):
                      for name in problems.own_names(mutant.function))
 
 
-def line_of(text, mutant):
-    """The number of the first line that a mutant changes."""
-    where, old, _ = mutant.edits[0]
-    start, _ = spans(text)[where]
-    return text.count("\n", 0, text.index(old, start)) + 1
+def lines_of(text, mutant):
+    """(first, last) line of each edit of a mutant."""
+    found = []
+    for where, old, new in mutant.edits:
+        start, _ = spans(text)[where]
+        first = text.count("\n", 0, text.index(old, start)) + 1
+        found.append((first, first + new.count("\n")))
+    return found
 
 
 def of(function, *entries):
@@ -311,8 +314,8 @@ MUTANTS = [
             ("sft_loss", "torch.set_grad_enabled(backward)", "torch.set_grad_enabled(True)"),
             ("sft_loss", "if backward:\n", "if True:\n")]),
         ("learns prompts, too", "mask", "ids, mask, lengths, pictures = batch(backbone, part)",
-         "ids, mask, lengths, pictures = batch(backbone, [r | {\"mask\": [0] + [1] * (len(r[\"ids\"]"
-         ") - 1)} for r in part])")),
+         "ids, mask, lengths, pictures = batch(backbone, [r | {\"mask\": [0] + [1] * "
+         "(len(r[\"ids\"]) - 1)} for r in part])")),
     # --- 9
     *of("evaluate.draw",
         ("draws at the temperature and reports log p at 1", "which policy played?",
@@ -320,8 +323,8 @@ MUTANTS = [
         ("draws at temperature 1 and reports log p at the temperature", "which policy played?",
          "torch.multinomial(logprobs.exp(), 1, generator=generator)",
          "torch.multinomial(logits.softmax(-1), 1, generator=generator)"),
-        ("forgets the temperature", "softmax(logits / temperature)", "logits / (temperature or 1.0)",
-         "logits"),
+        ("forgets the temperature", "softmax(logits / temperature)",
+         "logits / (temperature or 1.0)", "logits"),
         ("returns p for log p", "log p", ", logprobs.gather(1, token)",
          ", logprobs.exp().gather(1, token)"),
         ("draws from the global generator", "results must be the same again", [

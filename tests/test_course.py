@@ -358,7 +358,7 @@ def test_grade_end_to_end(our_bench, tmp_path, monkeypatch):
     name = "Ada"
     mutant = kit.chosen(name, mutants.HUNTS)
     file = mutant.function.split(".")[0]
-    line = mutants.line_of(kit.source(file), mutant)
+    line = mutants.lines_of(kit.source(file), mutant)[0][0]
     (tmp_path / "hunt.json").write_text(json.dumps({"file": f"{file}.py", "line": line}))
     (tmp_path / "test_hunt.py").write_text(
         f"import {file}\nimport inspect\n\n\ndef test_line():\n"
