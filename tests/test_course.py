@@ -1,0 +1,434 @@
+"""Tests of the course kit: the source passes, an empty body fails, each mistake is found and named.
+
+    python -m pytest tests/test_course.py
+
+A mutant that no longer fits the source fails `test_mutants_stand_in_the_source` with a line that
+says which. tests/course_solutions.py holds solutions that were written apart from the checks.
+"""
+
+import ast
+import contextlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+COURSE = pathlib.Path(__file__).resolve().parents[1] / "course"
+sys.path.insert(0, str(COURSE))
+
+import bench  # noqa: E402
+import course_solutions  # noqa: E402
+import examples  # noqa: E402
+import kit  # noqa: E402
+import mutants  # noqa: E402
+import problems  # noqa: E402
+from runs import same  # noqa: E402
+
+FUNCTIONS = problems.code_functions()
+
+
+@pytest.fixture(scope="module")
+def our_bench():
+    """One server for all tests: it imports torch and the repository once."""
+    with bench.Bench(kit.ROOT, kit.ROOT, FUNCTIONS) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def public(our_bench):
+    """What a hand-out holds, and the outcomes of solutions: {function: ...}."""
+    return kit.public_outcomes(FUNCTIONS, our_bench)
+
+
+@pytest.fixture(scope="module")
+def hand_out(public, tmp_path_factory):
+    """A whole hand-out, made of the tracked files."""
+    out = tmp_path_factory.mktemp("course") / "hand-out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kit, "public_outcomes", lambda functions, bench: public)
+        kit.blank(out)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Source, empty bodies, mutants
+# ------------------------------------------------------------------------------------------------
+
+
+def test_mutants_stand_in_the_source():
+    """Catches a source line that was changed below a mutant; says which one."""
+    lost = []
+    for mutant in mutants.MUTANTS:
+        try:
+            mutants.apply(kit.source(mutant.function.split(".")[0]), mutant)
+        except mutants.EditLost as error:
+            lost.append(str(error))
+    assert not lost, "\n" + "\n".join(lost)
+
+
+def test_a_lost_edit_is_named():
+    """Catches a mutant that changes nothing, or two places, and is not reported."""
+    mutant, = [m for m in mutants.MUTANTS
+               if (m.function, m.says) == ("rl.gae", "loses lambda")]
+    text = kit.source("rl")
+    for old, new in (("gamma * lam * running", "gamma * running * lam"),
+                     ("def gae(", "def gea("), ("running = delta + gamma * lam * running",
+                                                "gamma * lam * running\n        " * 2)):
+        with pytest.raises(mutants.EditLost, match="rl.py.*loses lambda"):
+            mutants.apply(text.replace(old, new), mutant)
+
+
+def test_helpers_are_listed():
+    """Catches a private part of a solution that would stay in the hand-out."""
+    for problem in problems.PROBLEMS:
+        if problem.blank:
+            files = {name.split(".")[0] for name in problem.functions
+                     if name not in problems.BY_FILE}
+            for file in files:
+                own = {name.split(".")[1] for name in problem.functions}
+                found = private_parts(kit.source(file), own) - problems.SHARED
+                listed = {name.split(".")[1] for name in problem.helpers}
+                assert found == listed, f"problem {problem.number}: helpers are {found}"
+
+
+def private_parts(text, own):
+    """Private functions and classes of a file that only `own`, or one another, use."""
+    uses = {}
+    for node in mutants.parsed(text):
+        for name in bench.bound(node) or {node.lineno}:
+            uses[name] = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+            uses[name] |= {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+    private = {node.name for node in mutants.parsed(text)
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] == "_"}
+    while True:
+        outside = set().union(*(used for name, used in uses.items()
+                                if name not in private and name not in own))
+        kept = private - outside
+        if kept == private:
+            break
+        private = kept
+    reached, waiting = set(), list(own)
+    while waiting:
+        for name in uses.get(waiting.pop(), set()) & private - reached:
+            reached.add(name)
+            waiting.append(name)
+    return reached
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_source_passes_empty_fails_mutants_are_named(function, public, our_bench):
+    """Catches an example that the source fails, an empty body that passes, a mistake unseen."""
+    made = public[function]
+    text = kit.source(function.split(".")[0])
+    solution = course_solutions.CLOSED if function == "verifier.verify_virl" else text
+    empty = kit.blanked([function])[function.split(".")[0]]
+    mistakes = [m for m in mutants.MUTANTS if m.function == function]
+    right, nothing = our_bench.many(function, [solution, empty], made["examples"])
+    full = problems.problem_of(function).functions[function]
+    assert kit.points_of(function, right, made["expected"]) == full
+    assert kit.points_of(function, nothing, made["expected"]) == 0
+    for mutant, mistake in zip(mistakes, made["mistakes"]):
+        changed = {int(i): outcome for i, outcome in mistake["gives"].items()}
+        outcomes = [changed.get(i, outcome) for i, outcome in enumerate(right)]
+        assert kit.points_of(function, outcomes, made["expected"]) < full, mutant.says
+        found = kit.name_mistake(outcomes, made["expected"], made["mistakes"])
+        assert found and found["says"] == mutant.says, f"{mutant.says} is taken for {found}"
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_other_seeds_make_other_examples(function):
+    """Catches hidden examples that are the public ones, and examples that are no plain data."""
+    one, other = (examples.make(function, seed) for seed in ("public", "secret"))
+    assert len(one) == len(other) and json.dumps(one) != json.dumps(other)
+    assert json.dumps(one) == json.dumps(examples.make(function, "public"))
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Solutions that were written apart
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_right_solutions_pass(function, public, our_bench):
+    """Catches a check that refuses what is right: other types, other words, other ways."""
+    made, texts = public[function], course_solutions.RIGHT[function]
+    assert len(texts) >= 4
+    for text, outcomes in zip(texts, our_bench.many(function, texts, made["examples"])):
+        assert kit.points_of(function, outcomes, made["expected"]) == \
+            problems.problem_of(function).functions[function], (
+                text, kit.explain(function, made, outcomes, ""))
+
+
+def test_wrong_solutions_fail_and_most_are_named(public, our_bench):
+    """Catches a mistake of a student that no example sees."""
+    named = count = 0
+    for function in FUNCTIONS:
+        made, texts = public[function], course_solutions.WRONG[function]
+        assert len(texts) >= 6, function
+        for text, outcomes in zip(texts, our_bench.many(function, texts, made["examples"])):
+            assert kit.points_of(function, outcomes, made["expected"]) < \
+                problems.problem_of(function).functions[function], text
+            count += 1
+            named += kit.name_mistake(outcomes, made["expected"], made["mistakes"]) is not None
+    print(f"{named} of {count} wrong solutions are named")
+    assert named >= 2 / 3 * count, f"{named} of {count} are named"
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. The hand-out
+# ------------------------------------------------------------------------------------------------
+
+
+def test_no_line_of_a_solution_is_left(hand_out):
+    """Catches a solution, or a copy of one of its lines, in any Python file of the hand-out."""
+    files = {path: path.read_text("utf-8") for path in hand_out.rglob("*.py")}
+    for function in problems.code_functions(blank_only=True):
+        file, name = function.split(".")
+        for path in (hand_out, hand_out / "course" / "blank"):
+            node, = [one for one in ast.parse(files[path / f"{file}.py"]).body
+                     if getattr(one, "name", None) == name]
+            last = node.body[-1]
+            assert len(node.body) <= 2 and isinstance(last, ast.Raise)
+            assert ast.unparse(last).startswith(f"raise NotImplementedError('{name}: ")
+    standing = standing_lines()
+    lines = {path: {line.strip() for line in text.splitlines()} - standing
+             for path, text in files.items()}
+    for function in solution_names():
+        for line in solution_lines(*function.split(".")):
+            assert not [path for path in files if line in lines[path]], line
+
+
+def solution_names():
+    """All that goes from a hand-out: functions and helpers, as "rl.gae"."""
+    return [name for problem in problems.PROBLEMS if problem.blank
+            for name in (*problem.helpers, *problem.functions) if name not in problems.BY_FILE]
+
+
+def body(file, name):
+    """(first, last) line of the body of a function below its docstring, or of a whole class."""
+    node, = [one for one in mutants.parsed(kit.source(file))
+             if getattr(one, "name", None) == name]
+    if isinstance(node, ast.ClassDef):
+        return node.lineno, node.end_lineno
+    start = node.body[1] if ast.get_docstring(node) else node.body[0]
+    return start.lineno, node.end_lineno
+
+
+def solution_lines(file, name):
+    """The lines of a solution that say something."""
+    first, last = body(file, name)
+    lines = {line.strip() for line in kit.source(file).splitlines()[first - 1:last]}
+    return {line for line in lines if len(line) >= 20}
+
+
+def standing_lines():
+    """Lines of the repository outside of all solutions: those may be found in a hand-out."""
+    found = set()
+    for file in problems.FILES:
+        lines = [line.strip() for line in kit.source(file).splitlines()]
+        for name in solution_names():
+            if name.startswith(file + "."):
+                first, last = body(*name.split("."))
+                lines[first - 1:last] = [""] * (last - first + 1)
+        found.update(lines)
+    return found
+
+
+def test_hand_out_holds_what_it_should(hand_out):
+    """Catches tests, mutants, examples, history or curves in what students get."""
+    names = {path.relative_to(hand_out).as_posix() for path in hand_out.rglob("*")}
+    for name in ("tests", ".git", "course/mutants.py", "course/examples.py", ".ci"):
+        assert name not in names
+    assert {"rl.py", "course/kit.py", "course/public.json", "README.md"} <= names
+    assert not any(name.endswith("metrics.jsonl") for name in names)
+
+
+def run(folder, *arguments):
+    """The kit as a program, in a folder: (exit code, what it prints)."""
+    done = subprocess.run([sys.executable, "course/kit.py", *map(str, arguments)], cwd=folder,
+                          capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_check_in_a_hand_out(hand_out):
+    """Catches a check that needs the solution, counts wrongly, or does not name a mistake."""
+    code, said = run(hand_out, "check", "1", "parse_formula", "Silence pays")
+    assert code == 1 and said.count("not written yet") == 3 and "0 of 13 points" in said
+    assert "leaves the hole as it was" in said
+    blank = (hand_out / "rl.py").read_text("utf-8")
+    mistakes = [m for m in mutants.MUTANTS if m.says in ("takes max for min", "loses lambda")]
+    text = kit.source("rl")
+    for mutant in mistakes:
+        if mutant.function != "rl.value_loss":
+            text = mutants.apply(text, mutant)
+    (hand_out / "rl.py").write_text("import nothing_of_that_name\n" + text, "utf-8")
+    code, said = run(hand_out, "check", "10", "gae", "rl.score", "13", "14", "15", "17")
+    assert "right on 12 examples" in said and "4 of 4 points; right" in said
+    assert "This is what a function gives that loses lambda. Think of this: eq. 2" in said
+    assert "This is what a function gives that takes max for min." in said
+    assert "    expected   " in said and "25 of 33 points" in said, said
+    (hand_out / "rl.py").write_text(blank, "utf-8")
+    code, said = run(hand_out, "blank", hand_out.parent / "again")
+    assert code == 2 and len(said.strip().splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Grading what is hostile
+# ------------------------------------------------------------------------------------------------
+
+GAE = "def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):\n"
+HOSTILE = {
+    "an endless loop": "    while True: pass",
+    "an exit": "    import os; os._exit(0)",
+    "sys.exit": "    raise SystemExit(0)",
+    "a crash": "    import ctypes; ctypes.string_at(0)",
+    "a huge allocation": "    return torch.zeros(10 ** 11), values",
+    "a list without end": "    x = []\n    while True: x.append(bytes(10 ** 8))",
+    "a wrong import": "    import nothing_of_that_name",
+    "a wrong type": "    return None",
+    "a process": "    import os\n    while True: os.fork()",
+    "a file": "    open('/tmp/a_file_of_a_student', 'w').write('x' * 10)",
+    "outcomes without end": "    import os\n    while True: os.write(3, b'x' * 65536)",
+    "words that are no JSON": "    import os; os.write(3, b'[[[[' * 9999 + b'\\n'); os._exit(0)",
+    "its parent's end": "    import os; os.kill(os.getppid(), 9)",
+    "its parent's memory": "    import os; return open(f'/proc/{os.getppid()}/mem', 'rb').read(9)",
+    "its parent's pipe": "    import os; open(f'/proc/{os.getppid()}/fd/1', 'w').write('x\\n')",
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_code_costs_one_problem(what, our_bench, public, monkeypatch):
+    """Catches a student's function that stops, fools or outlives the grader."""
+    monkeypatch.setattr(our_bench, "cpu_seconds", 1)
+    made = public["rl.gae"]
+    outcomes, trouble = our_bench.outcomes("rl.gae", GAE + HOSTILE[what], made["examples"])
+    assert kit.points_of("rl.gae", outcomes, made["expected"]) == 0
+    assert trouble or all("raised" in str(outcome) for outcome in outcomes)
+    assert not pathlib.Path("/tmp/a_file_of_a_student").exists() or \
+        not pathlib.Path("/tmp/a_file_of_a_student").read_text()
+    made = public["rl.per_answer"]
+    outcomes, trouble = our_bench.outcomes("rl.per_answer", kit.source("rl"), made["examples"])
+    assert not trouble and all(map(same, outcomes, made["expected"]))
+
+
+def test_one_problem_does_not_change_another(our_bench, public):
+    """Catches a hand-in whose gae overwrites another function, and one that patches torch."""
+    text = (GAE + "    global policy_loss\n    policy_loss = None\n    torch.min = torch.max\n"
+            "    return values, values\n\n\ndef helper():\n    pass\n")
+    our_bench.outcomes("rl.gae", text, public["rl.gae"]["examples"])
+    made = public["rl.policy_loss"]
+    outcomes, trouble = our_bench.outcomes("rl.policy_loss", kit.source("rl"), made["examples"])
+    assert not trouble and all(map(same, outcomes, made["expected"]))
+
+
+def test_a_file_with_a_syntax_error_costs_what_it_spoils(our_bench, public):
+    """Catches a missing bracket in one function that costs all of the file."""
+    text = kit.source("rl").replace("torch.min(ratio * advantages,", "torch.min((ratio * ")
+    made = public["rl.gae"]
+    outcomes, trouble = our_bench.outcomes("rl.gae", text, made["examples"])
+    assert not trouble and all(map(same, outcomes, made["expected"]))
+    _, trouble = our_bench.outcomes("rl.policy_loss", text, public["rl.policy_loss"]["examples"])
+    assert "no function policy_loss" in trouble
+
+
+SPY = '''
+def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
+    import os, glob
+    found = []
+    for path in glob.glob("/proc/[0-9]*/cmdline") + glob.glob("/proc/[0-9]*/environ"):
+        try:
+            found.append(open(path, "rb").read())
+        except OSError:
+            pass
+    raise ValueError("seed seen" if b"s3cr3t-of-the-course" in b" ".join(found) else "no seed")
+'''
+
+
+def test_grade_end_to_end(our_bench, tmp_path, monkeypatch):
+    """Catches points that go to the wrong problem, and hidden examples that are told."""
+    monkeypatch.setattr(kit, "Bench", lambda *_: contextlib.nullcontext(our_bench))
+    monkeypatch.setattr(our_bench, "stop", lambda: None)
+    monkeypatch.setattr(kit, "code_functions", lambda: [
+        "verifier.compare", "verifier.verify_virl", "rl.gae", "rl.policy_loss", "evaluate.gain"])
+    for file in problems.FILES:
+        (tmp_path / f"{file}.py").write_text(kit.source(file), "utf-8")
+    (tmp_path / "rl.py").write_text(kit.source("rl").replace("def gae(", "def old_gae(") + SPY)
+    name = "Ada"
+    mutant = kit.chosen(name, mutants.HUNTS)
+    file = mutant.function.split(".")[0]
+    line = mutants.lines_of(kit.source(file), mutant)[0][0]
+    (tmp_path / "hunt.json").write_text(json.dumps({"file": f"{file}.py", "line": line}))
+    (tmp_path / "test_hunt.py").write_text(
+        f"import {file}\nimport inspect\n\n\ndef test_line():\n"
+        f"    lines = inspect.getsource({file})\n    assert {mutant.edits[0][1]!r} in lines\n"
+        "    assert lines.count("
+        f"{mutant.edits[0][2]!r}) == {kit.source(file).count(mutant.edits[0][2])}\n")
+    planted = mutants.apply(kit.source("verifier"), kit.chosen(name, mutants.ATTACKS))
+    answers = course_solutions.ATTACKS
+    paid, _ = our_bench.outcomes("verifier.verify_gp", planted,
+                                 [kit.attack_example(answer) for answer in answers], whole=True)
+    good = [answer for answer, outcome in zip(answers, paid) if outcome["correct"]]
+    (tmp_path / "attack.json").write_text(json.dumps({"answers": good + [good[0], "junk"]}))
+    kit.grade(tmp_path, "s3cr3t-of-the-course", tmp_path / "results.json", name)
+    tests = {one["name"].split(": ")[1]: one for one in
+             json.loads((tmp_path / "results.json").read_text())["tests"]}
+    lost = {function for function, one in tests.items() if one["score"] < one["max_score"]}
+    assert lost - {"attack"} == {"rl.gae", "verifier.verify_virl"}, tests
+    assert "0 of 40" in tests["rl.gae"]["output"]
+    assert tests["attack"]["score"] == 2 * len(good)
+    assert "s3cr3t" not in (tmp_path / "results.json").read_text()
+
+
+def test_a_spy_sees_no_seed(tmp_path):
+    """Catches a secret seed on a command line or in an environment that a child can read."""
+    program = ("import sys, subprocess; sys.path.insert(0, 'course'); import bench, examples;"
+               "bench.forget_arguments(); bench.hide();"
+               "made = examples.make('verifier.compare', 1);"
+               "b = bench.Bench('.', '.', ['verifier.compare']);"
+               "print(b.outcomes('verifier.compare', sys.stdin.read(), made)[0][0]); b.stop()")
+    spy = SPY.replace("def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0)",
+                      "def compare(used, numbers)")
+    done = subprocess.run([sys.executable, "-c", program, "s3cr3t-of-the-course"], input=spy,
+                          cwd=kit.ROOT, capture_output=True, text=True, timeout=60)
+    assert "no seed" in done.stdout, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Attack and hunt
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "Ada", "Ödön 🂡", "../../etc/passwd", "/", "\udc80",
+                                  "a\nb", "x" * 10_000, "; rm -rf ~", "%s{}"])
+def test_odd_names_give_a_bug_and_a_key(name, tmp_path, capsys, monkeypatch):
+    """Catches a name that is used as anything but a number."""
+    monkeypatch.setattr(kit, "tracked_files", lambda: [
+        pathlib.PurePosixPath(f"{file}.py") for file in problems.FILES])
+    for command, bugs in ((kit.hunt, mutants.HUNTS), (kit.attack, mutants.ATTACKS)):
+        out = tmp_path / command.__name__
+        command(name, out)
+        said = capsys.readouterr().out
+        assert said.startswith("key for ") and said.isascii()
+        changed = [file for file in problems.FILES if (out / f"{file}.py").exists()
+                   and (out / f"{file}.py").read_text("utf-8") != kit.source(file)]
+        assert changed == [kit.chosen(name, bugs).function.split(".")[0]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["attack", "hunt"]
+
+
+def test_attacks_can_be_found(our_bench):
+    """Catches a planted verifier that pays nothing wrong, and an answer counted that is right."""
+    made = [kit.attack_example(answer) for answer in course_solutions.ATTACKS]
+    ours, _ = our_bench.outcomes("verifier.verify_gp", kit.source("verifier"), made)
+    assert not any(outcome["correct"] for outcome in ours)
+    for mutant in mutants.ATTACKS:
+        text = mutants.apply(kit.source("verifier"), mutant)
+        paid, trouble = our_bench.outcomes("verifier.verify_gp", text, made, whole=True)
+        assert not trouble and any(outcome["correct"] for outcome in paid), mutant.says
+
+
+def test_hunts_are_different_bugs_in_every_file():
+    """Catches two hunts with one fingerprint, and names that all give the same bug."""
+    assert len({(m.function, m.says) for m in mutants.HUNTS}) == len(mutants.HUNTS) >= 8
+    assert len({kit.chosen(str(i), mutants.HUNTS).says for i in range(100)}) >= 8
