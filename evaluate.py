@@ -52,7 +52,7 @@ EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same f
 
 # The paper's "rule OOD" changes two things, the rule AND the hands, which must hold a face card.
 # Four cells keep them apart. `fake` states the new rule and scores by the old one, so that only a
-# model which ignores its prompt does well (62.4 % of its hands can be solved under the old rule).
+# model which ignores its prompt does well (under the old rule 626 of 1,000 such hands are solvable).
 CELLS = {
     "id": {"rule": "ten", "face": False},
     "ood": {"rule": "face", "face": True},
