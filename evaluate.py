@@ -52,7 +52,7 @@ EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same f
 
 # The paper's "rule OOD" changes two things, the rule AND the hands, which must hold a face card.
 # Four cells keep them apart. `fake` states the new rule and scores by the old one, so that only a
-# model which ignores its prompt does well (under the old rule 626 of 1,000 such hands are solvable).
+# model which ignores its prompt does well (626 of 1,000 such hands are solvable by the old rule).
 CELLS = {
     "id": {"rule": "ten", "face": False},
     "ood": {"rule": "face", "face": True},
