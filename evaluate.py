@@ -35,13 +35,14 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
+import sft                  # before torch: it says how torch's threads are to wait
+
 import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 import gp_env
-import sft
 import virl_env
 from sft import (OTHER_CITIES, TRAINING_CITY, Problem, crossing_layers, encode_picture, mrope, pad,
                  pictured, precision, user_ids)

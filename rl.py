@@ -34,11 +34,12 @@ import shutil
 import sys
 import time
 
+import sft                  # before torch: it says how torch's threads are to wait
+
 import torch
 from tqdm import tqdm
 
 import gp_env
-import sft
 import virl_env
 from evaluate import CURVE_CELLS, cut, evaluate, new_game, play, show
 from sft import (Problem, batch, by_length, checkpoints, load_state, pictured, save_checkpoint,
@@ -597,7 +598,7 @@ def make_start(args):
     """The SFT start, kept in runs/ under a digest of all that decides it. Returns its path."""
     wanted = sft.flags(["--task", args.task] + ["--preset", args.preset] * bool(args.preset))
     for name in ("seed", "model", "split", "routes", "other_routes", "picture_size", "announce",
-                 "dtype", "freeze", "ood", "grad_checkpoint"):
+                 "dtype", "freeze", "ood", "grad_checkpoint", "revise"):
         setattr(wanted, name, getattr(args, name))
     step, digest = sft.start_step(wanted), sft.content_digest(wanted)
     folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}-{digest}"
