@@ -237,6 +237,17 @@ def add_advantages(rows, episodes, gamma, lam):
     return can_learn
 
 
+def only_right(rows, episodes):
+    """Replace "advantages" of every row: 1 for a right answer, 0 for any other.
+
+    What is left of RL without its negatives and its critic: SFT on the policy's own right answers,
+    sampled anew at each update (the "1-0 REINFORCE" of RL's Razor, arXiv 2509.04259).
+    """
+    for row in rows:
+        right = [float(episodes[e].turns[k].verdict.correct) for e, k in row["tries"]]
+        row["advantages"] = torch.tensor(right, device=row["values"].device)
+
+
 # -------- 4. Update
 
 
@@ -397,6 +408,8 @@ def run(args):
         score_all(policy.backbone, policy.head, rows, args.temperature, args.micro_batch)   # 2
         policy.score_start(rows)
         can_learn = add_advantages(rows, episodes, args.gamma, args.lam)                    # 3
+        if args.advantage == "right":
+            only_right(rows, episodes)
         if update == policy.first:
             tqdm.write(self_check(rows, episodes, policy.backbone, args.split, args.temperature))
         numbers = ppo_update(policy.backbone, policy.head, policy.optimizer, rows, args,    # 4
@@ -661,6 +674,8 @@ def flags(argv=None):
     add("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
         help="let the critic's gradient into the trunk (paper: yes)")
     add("--ratio", choices=("token", "answer"), default="token", help="paper: answer")
+    add("--advantage", choices=("gae", "right"), default="gae",
+        help="right: learn from right answers alone, as if SFT sampled its own examples")
     add("--eval-split", choices=("test", "val"), default="test", help="val while tuning")
     add("--inspect", action="store_true", help="print one conversation, token by token, and stop")
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), WALKS), PRESETS, argv)

@@ -11,6 +11,7 @@ mutant pass is no check.
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import shlex
@@ -316,6 +317,15 @@ def test_advantages_find_their_try_in_any_order(tiny):
     for row in shuffled:
         for t, a, r in zip(row["tries"], row["advantages"], row["returns"]):
             assert (a - expected[t][0]).abs() < 1e-6 and r == expected[t][1]
+
+
+def test_only_right_answers_count_with_advantage_right(tiny):
+    """Wrong answers are pushed away after all, or an answer gets another try's advantage."""
+    _, rows, episodes = fresh_batch(tiny, settings(), forget=True)
+    episodes[0].turns[0].verdict = dataclasses.replace(episodes[0].turns[0].verdict, kind="correct")
+    rl.only_right(rows[::-1], episodes)
+    found = {t: a.item() for row in rows for t, a in zip(row["tries"], row["advantages"])}
+    assert found == {t: float(t == (0, 0)) for t in found}
 
 
 def test_normalised_by_hand():
