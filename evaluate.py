@@ -8,7 +8,7 @@ Paper: arXiv 2501.17161, section 5 (ID, rule OOD) and appendix C.3.
   4. on a GPU the reading of one token is recorded and played back
   5. count, with intervals
   6. measure a model
-  7. print: lines, tables, transcripts
+  7. print: lines, transcripts, the strip of a run
   8. the command line
 
 Three measures of one policy, each on the same hands:
