@@ -652,7 +652,7 @@ def show(results):
     """One aligned line for each cell."""
     for name, m in results.items():
         low, high = m["interval"]
-        line = f"  {name:20s}first answer {m['first_try']:6.1%}"
+        line = f"  {name:29s}first answer {m['first_try']:6.1%}"
         line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
         line += f"  conversation {m['success']:6.1%} [{low:.0%}, {high:.0%}]"
         if "per_step" in m:             # walks
