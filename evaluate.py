@@ -8,7 +8,7 @@ Paper: arXiv 2501.17161, section 5 (ID, rule OOD) and appendix C.3.
   4. on a GPU the reading of one token is recorded and played back
   5. count, with intervals
   6. measure a model
-  7. print: lines, tables, transcripts
+  7. print: lines, transcripts, the strip of a run
   8. the command line
 
 Three measures of one policy, each on the same hands:
@@ -22,6 +22,7 @@ Shapes: B episodes in a batch, W new tokens of the longest, V vocabulary.
 
     python evaluate.py --ood --show 2 --model runs/rl-gp-l-s0/step-000020    cells, transcripts
     python evaluate.py --ood --run runs/sft-gp-l-s0                          every checkpoint
+    python evaluate.py --strip "10 A 2 J" --run runs/sft-gp-l-s0             how it reads the jack
 
 Read before: sft.py. Read next: rl.py. On a first reading part 4 can wait.
 """
@@ -30,6 +31,7 @@ import argparse
 import inspect
 import json
 import math
+import os
 import pathlib
 import sys
 from collections import Counter
@@ -161,7 +163,6 @@ class Episode:
             self.pending = self.turns[-1].answer_ids[-1:] + self.told
 
 
-@torch.no_grad()
 def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, blindfold=False):
     """Play one episode in every environment, all in one batch. Returns a list of Episode.
 
@@ -198,6 +199,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, bli
     return episodes
 
 
+@torch.no_grad()
 def sample_answers(reader, playing, temperature, max_new_tokens, generator):
     """Read what is pending of each episode, then sample an answer for each: [(ids, logprobs)].
 
@@ -441,10 +443,8 @@ def rate(outcomes):
     for group, hit in outcomes:
         groups.setdefault(group, []).append(hit)
     count = sum(map(len, groups.values()))
-    if count == 0:
-        return {"rate": 0.0, "count": 0, "interval": (0.0, 1.0)}
-    p = sum(map(sum, groups.values())) / count
-    variance = sum((sum(hits) - p * len(hits)) ** 2 for hits in groups.values()) / count ** 2
+    p = sum(map(sum, groups.values())) / max(1, count)
+    variance = sum(((sum(hits) - p * len(hits)) / count) ** 2 for hits in groups.values())
     effective = min(count, p * (1 - p) / variance) if variance > 0 else len(groups)
     return {"rate": p, "count": count, "interval": wilson(p * effective, effective)}
 
@@ -459,21 +459,22 @@ def measure(episodes):
     # Reading is judged on the FIRST answer: later ones have seen the verifier's message, which
     # names the numbers that are missing and so gives the rule away.
     first = [episode.turns[0].verdict for episode in episodes]
-    hands = [episode.env.hand for episode in episodes]
-    stated = [gp_env.verify_gp(episode.turns[0].text, hand.cards, hand.numbers)
-              for episode, hand in zip(episodes, hands)]    # `fake` was scored by another rule
-    found = {"first_try": mean(v.correct for v in first),
-             "cards_read": mean(v.cards_right for v in first),
-             "numbers_read": mean(v.numbers_right for v in stated), "errors": errors(first)}
-    return found | both_games(episodes, [(tuple(sorted(hand.numbers)), episode.terminated)
-                                         for episode, hand in zip(episodes, hands)])
+    stated = [gp_env.verify_gp(e.turns[0].text, e.env.hand.cards, e.env.hand.numbers)
+              for e in episodes]                            # `fake` was scored by another rule
+    outcomes = [(tuple(sorted(e.env.hand.numbers)), e.terminated) for e in episodes]
+    return both_games(episodes, first, outcomes) | {
+        "cards_read": mean(v.cards_right for v in first),
+        "numbers_read": mean(v.numbers_right for v in stated)}
 
 
-def both_games(episodes, outcomes):
-    """The measures that hands and walks share. outcomes: (group, solved) of each episode."""
-    won = rate(outcomes)
+def both_games(episodes, first, outcomes):
+    """What hands and walks share. first: verdicts of first answers. outcomes: (group, solved) of
+    each episode."""
+    won, kinds = rate(outcomes), Counter(v.kind for v in first if not v.correct)
     return {"count": len(episodes), "hits": sum(hit for _, hit in outcomes),
             "success": won["rate"], "interval": won["interval"],
+            "first_try": mean(v.correct for v in first),
+            "errors": {kind: n / len(first) for kind, n in sorted(kinds.items())},
             "tries": mean(len(e.turns) for e in episodes), "cut": cut(episodes)}
 
 
@@ -481,12 +482,6 @@ def mean(values):
     """The mean of some numbers or truths; 0 of none."""
     values = list(values)
     return sum(values) / max(1, len(values))
-
-
-def errors(verdicts):
-    """{kind of error: share of the verdicts}."""
-    kinds = Counter(v.kind for v in verdicts if not v.correct)
-    return {kind: n / len(verdicts) for kind, n in sorted(kinds.items())}
 
 
 def cut(episodes):
@@ -550,14 +545,12 @@ def measure_walks(episodes):
         "per_step": every["rate"], "steps": every["count"], "kinds": kinds,
         "per_step_on": every_on["rate"], "steps_on": every_on["count"], "kinds_on": kinds_on,
         "turns": turns["rate"], "turn_tries": turns["count"],
-        "positions": len(first), "first_try": mean(v.correct for v in first),
+        "positions": len(first), "crossings_read": mean(v.intersection_right for v in first),
         "landmarks_present": mean(present), "positions_present": len(present),
         "landmarks_empty": mean(empty), "positions_empty": len(empty),
-        "crossings_read": mean(v.intersection_right for v in first),
         "whole_right": mean(v.correct and v.landmarks_right and v.intersection_right
-                            for v in first),
-        "errors": errors(first)}
-    return found | both_games(episodes, [(walk, solved(e)) for walk, e in enumerate(episodes)])
+                            for v in first)}
+    return found | both_games(episodes, first, [(i, solved(e)) for i, e in enumerate(episodes)])
 
 
 # -------- 6. Measuring a model
@@ -570,12 +563,12 @@ def cell_splits(cells, splits, task):
 
 
 def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temperature=0.6,
-             batch=256, blindfold=False, fresh=True, **how):
-    """Play `count` hands or walks of each cell and split.
+             batch=256, blindfold=False, **how):
+    """Play `count` hands or walks of each cell and split, twice.
 
-    batch: episodes played together. It changes the draws: compare models at the same one. fresh:
-    play everything a second time with tries that know nothing of each other, and add "fresh",
-    "fresh_interval" and "message" = success - fresh. how: see `cell_environments`.
+    The second time tries know nothing of each other: "fresh", "fresh_interval" and "message" =
+    success - fresh. batch: episodes played together. It changes the draws: compare models at the
+    same one. how: see `cell_environments`.
     Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes, ...}).
     """
     judge = measure_walks if task.startswith("virl") else measure
@@ -583,16 +576,14 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
     results, kept = {}, {}
     for cell, split in cell_splits(cells, splits, task):
         name = f"{SPLIT_NAMES[split]}/{cell}"
-        games = cell_environments(cell, split, count, task, **how)
-        kept[name] = play_cell(backbone, games, *settings)
-        found = results[name] = judge(kept[name])
-        if fresh:
-            games = cell_environments(cell, split, count, task, fresh=True, **how)
-            alone = judge(play_cell(backbone, games, *settings))
-            found |= {"fresh": alone["success"], "fresh_interval": alone["interval"],
-                      "message": found["success"] - alone["success"],
-                      # the first answers of both plays are alike
-                      "first_try": (found["first_try"] + alone["first_try"]) / 2}
+        kept[name], apart = (play_cell(backbone, cell_environments(
+            cell, split, count, task, fresh=fresh, **how), *settings) for fresh in (False, True))
+        found, alone = judge(kept[name]), judge(apart)
+        results[name] = found | {
+            "fresh": alone["success"], "fresh_interval": alone["interval"],
+            "message": found["success"] - alone["success"],
+            # the first answers of both plays are alike
+            "first_try": (found["first_try"] + alone["first_try"]) / 2}
     return results, kept
 
 
@@ -621,6 +612,8 @@ def evaluate_run(args, cells):
     missing = sorted(set(args.steps or ()) - set(found))
     if missing or not found:
         raise Problem(f"--run {folder}: no checkpoint {missing or 'at all'} there")
+    if args.strip:
+        return show_strip(args, found)
     how = {key: getattr(args, key) for key in ("hands", "tries", "temperature", "batch", "dtype")}
     path = folder / "eval.jsonl"
     rows = {row["step"]: row for row in sft.read_lines(path)}
@@ -660,7 +653,7 @@ def show(results):
     """One aligned line for each cell."""
     for name, m in results.items():
         low, high = m["interval"]
-        line = f"  {name:20s}first answer {m['first_try']:6.1%}"
+        line = f"  {name:29s}first answer {m['first_try']:6.1%}"
         line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
         line += f"  conversation {m['success']:6.1%} [{low:.0%}, {high:.0%}]"
         if "per_step" in m:             # walks
@@ -684,20 +677,60 @@ def show_more(results):
                   f"action {m['whole_right']:.1%}")
 
 
-def show_transcripts(episodes, count):
-    """Print conversations, half of them solved; of a walk the first three positions."""
-    good = [e for e in episodes if solved(e)][:count - count // 2]
-    failed = [e for e in episodes if not solved(e)][:count - len(good)]
-    for episode in good + failed:
-        print("\n" + "=" * 30, "solved" if solved(episode) else "not solved", "=" * 30)
-        prompt, talks = episode.prompt, positions(episode)
-        for at, tries in enumerate(talks[:3], 1):
-            print(prompt)
-            for turn in tries:
-                # at a new position the environment's words are the next prompt, not a message
-                prompt, moved = turn.message, turn is tries[-1] and at < len(talks)
-                said = turn.verdict.message if moved else turn.message
-                print(f"  model     {turn.text}\n  verifier  [{turn.reward:+.1f}] {said}")
+def show_transcripts(episodes, count, beside=None):
+    """Print conversations, half of them solved; of a walk the first three positions.
+
+    beside: another model's episodes of the same hands: its tries stand under the first one's.
+    """
+    pairs = list(zip(episodes, beside or episodes))
+    good = [pair for pair in pairs if solved(pair[0])][:count - count // 2]
+    failed = [pair for pair in pairs if not solved(pair[0])][:count - len(good)]
+    for one, other in good + failed:
+        for episode in (one, other) if beside else (one,):
+            print("\n" + "=" * 30, "solved" if solved(episode) else "not solved", "=" * 30)
+            prompt, talks = episode.prompt, positions(episode)
+            for at, tries in enumerate(talks[:3], 1):
+                print(prompt if episode is one or at > 1 else "The same, by the model beside:")
+                for turn in tries:
+                    # at a new position the environment's words are the next prompt, no message
+                    prompt, moved = turn.message, turn is tries[-1] and at < len(talks)
+                    said = turn.verdict.message if moved else turn.message
+                    print(f"  model     {turn.text}\n  verifier  [{turn.reward:+.1f}] {said}")
+
+
+def show_strip(args, models):
+    """How models, {step: path}, read the first face card of --strip: a line each, JSON in --out.
+
+    p(11), say, and p(10): the expert's answer is read up to this number, as the prompt states it
+    and as 10. p is the product of the probabilities, at temperature 1, of the tokens in which the
+    two differ. If "11" and "10" are a token each, that is the whole number. If digits are tokens,
+    both share a "1", and p is that of the second digit, given the first. Raises Problem.
+    """
+    cards = tuple(args.strip.upper().replace(",", " ").split())
+    hand = gp_env.Hand(cards, (), gp_env.RULES["face"])
+    faces = [at for at, card in enumerate(cards) if card in ("J", "Q", "K")]
+    if (len(cards) != 4 or set(cards) - set(gp_env.RANKS) or not faces
+            or not gp_env.solvable(hand.numbers)):      # nothing right could be answered
+        raise Problem(f"--strip {args.strip}: give four cards that make 24, a J, Q or K among them")
+    *before, stated = hand.numbers[:faces[0] + 1]
+    texts = [gp_env.answer(hand, [*before, last], "").rpartition("]")[0] for last in (stated, 10)]
+    log = open(args.out or os.devnull, "w", buffering=1)                # a line at a time
+    print(f"  step  p({stated})  p(10)  greedy answer, or its end")
+    for step, path in models.items():
+        backbone = sft.open_backbone(args, path)
+        told = user_ids(backbone, gp_env.prompt(hand), first=True)
+        said = [told + sft.answer_ids(backbone, text)[:-1] for text in texts]
+        same = next(i for i, (one, other) in enumerate(zip(*said)) if one != other)
+        rows = [{"ids": ids, "mask": [0] * same + [1] * (len(ids) - same), "picture": None}
+                for ids in said]
+        p = [math.exp(-sum(row["mask"]) * sft.sft_loss(backbone, [row], 1, backward=False)[0])
+             for row in rows]                           # the loss is a mean over tokens
+        length, talk = sft.answer_length(backbone, args), Episode(None, "", pending=told)
+        (ids, _), = sample_answers(Reader(backbone, 1), [talk], 0.0, length, None)
+        text = backbone.tokenizer.decode([i for i in ids if i not in backbone.end_ids])
+        row = {"step": step, "stated": stated, "p_stated": p[0], "p_ten": p[1], "text": text}
+        log.write(json.dumps(row) + "\n")
+        print(f"{step or '-':>6}  {p[0]:5.3f}  {p[1]:5.3f}  {repr(text)[-70:]}", flush=True)
 
 
 # -------- 8. Command line
@@ -718,6 +751,8 @@ def flags(argv=None):
     add("--batch", type=int, default=256, help="episodes at once (default 256; V-IRL: 64)")
     add("--blindfold", action="store_true", help="-vl: grey in place of every picture")
     add("--show", type=int, default=0, metavar="N", help="print N transcripts a cell")
+    add("--beside", metavar="MODEL", help="another one, on the same hands: see --show")
+    add("--strip", metavar="HAND", help='gp-l: how --run or --model reads the jack of "10 A 2 J"')
     walks = {"hands": 180, "batch": 64}
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), walks), {}, argv)
     for cell in args.cells or ():
@@ -725,6 +760,8 @@ def flags(argv=None):
             raise Problem(f"--cells {cell}: {args.task} has {', '.join(TASK_CELLS[args.task])}")
     if args.blindfold and not pictured(args.task):
         raise Problem("--blindfold: add --task gp-vl or virl-vl")
+    if args.strip and args.task != "gp-l" or args.beside and (args.run or args.strip):
+        raise Problem("--strip is for gp-l; --beside: without --run and --strip")
     return args
 
 
@@ -735,17 +772,21 @@ def main():
     cells = args.cells or (list(every) if args.ood else ["id"])
     if args.run:
         return evaluate_run(args, cells)
+    if args.strip:
+        return show_strip(args, {None: args.model})
     if args.out:
         open(args.out, "a").close()         # a path that fails, fails now
     print(f"{args.model} on {args.task}: {args.hands} episodes a cell", flush=True)
+    other = sft.open_backbone(args, args.beside) if args.beside else None
     results, episodes = measure_model(args, sft.open_backbone(args), cells)
+    beside = measure_model(args, other, cells)[1] if other else {}
     if args.out:                            # before anything long is printed
         pathlib.Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
     show(results)
     show_more(results)
     for name in episodes if args.show else ():
         print("\n#", name)
-        show_transcripts(episodes[name], args.show)
+        show_transcripts(episodes[name], args.show, beside.get(name))
 
 
 if __name__ == "__main__":

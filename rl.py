@@ -582,7 +582,7 @@ def in_training(env):
 
 
 def inspect(args):
-    """Print one conversation as a table: what was said, what counts, what PPO will do about it."""
+    """Print one conversation token by token, then its episode's tries: what PPO does about it."""
     policy = Policy(args)
     backbone, episodes = policy.backbone, collect(policy.backbone, args, 0)
     rows = conversations(episodes)
@@ -590,18 +590,21 @@ def inspect(args):
     add_advantages(rows, episodes, args.gamma, args.lam)
     print(self_check(rows, episodes, backbone, args.split, args.temperature))
     row = max(rows, key=lambda r: len(r["tries"]))
-    episode = episodes[row["tries"][0][0]]
-    print("pos  token                     mask   log p   value  reward  advantage  return")
+    print("pos  token                     mask   log p")
     answer = iter(row["logprobs"].tolist())
     for i, (token, m) in enumerate(zip(row["ids"], row["mask"])):
         line = f"{i:3d}  {repr(backbone.tokenizer.decode([token]))[:25]:25s} {m:3d}"
-        line += f"  {next(answer):7.3f}" if m else ""
-        if i in row["value_at"]:
-            k = row["value_at"].index(i)        # number of the try in this row
-            reward = episode.turns[row["tries"][k][1]].reward
-            line += (f"           {row['values'][k]:6.2f}  {reward:+6.1f}  "
-                     f"{row['advantages'][k]:9.2f}  {row['returns'][k]:6.2f}")
+        line += f"  {next(answer):7.3f}" if m else "  V is read here" * (i in row["value_at"])
         print(line)
+    e = row["tries"][0][0]
+    values, returns, normal = (torch.cat([r[key] for r in rows if r["tries"][0][0] == e]).cpu()
+                               for key in ("values", "returns", "advantages"))
+    advantages = returns - values                                               # eq. 3
+    deltas = advantages - args.gamma * args.lam * torch.cat([advantages[1:], torch.zeros(1)])
+    print("try  reward       V   delta       A       R  A of the batch, normalised")
+    for k, turn in enumerate(episodes[e].turns):
+        numbers = turn.reward, values[k], deltas[k], advantages[k], returns[k], normal[k]
+        print(f"{k:3d}" + "".join(f"  {number:6.2f}" for number in numbers))
 
 
 # -------- 7. The start, and the command line

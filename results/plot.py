@@ -16,19 +16,22 @@ checkpoints) and metrics.jsonl (what training said on its way). No model is load
     python results/plot.py runs --task virl-l --out figure.png     your own
     python results/plot.py --task gp-vl --only "*" --out all.png   arms of one seed, too
     python results/plot.py --metrics runs/one runs/other --keys reward approx_kl --out both.png
+    python results/plot.py runs --shifts --out shifts.png          rule and hands apart, and `fake`
+    python results/plot.py --sheet 6 --task gp-vl --out hands.png      hands, or street views
 
 For a figure of your own, call `draw_panels`: it needs points and a title, no runs.
 """
 
 import argparse
 import fnmatch
+import functools
 import json
 import math
 import os
 import pathlib
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from statistics import mean, stdev
 
@@ -37,7 +40,9 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))        # started as a file, Python looks for modules here only
 
-from evaluate import gain  # noqa: E402
+import gp_env  # noqa: E402
+import virl_env  # noqa: E402
+from evaluate import cell_environments, gain  # noqa: E402
 from sft import TASKS, Problem, guarded, read_lines  # noqa: E402
 
 # The arms of the comparison: {kind of run: (name, colours)}. Several arms of a kind take its
@@ -97,6 +102,9 @@ def check_row(row, task):
     if not (0 <= row["flops_spent"] < 1e40 and 0 < row["hands"] < 1e9):
         raise ValueError("compute or hands are no such numbers")
     for measures in row["cells"].values():
+        low, high = measures.get("interval", (0, 1))
+        if not (0 <= low <= high <= 1 and 1 <= measures.get("count", 1) < 1e9):
+            raise ValueError("an interval or a count is none")
         for measure in MEASURES[task]:
             if measure != "message" and not 0 <= measures.get(measure, 0) <= 1:
                 raise ValueError("a rate is not between 0 and 1")
@@ -532,6 +540,106 @@ def plot_metrics(folders, keys, path):
     draw_panels(panels, path)
 
 
+# The paper's rule OOD shifts two things, the rule and the hands. Apart, on held-out hands: {title
+# of a panel: {place on its x axis: cell}}. The last is the probe that pays for not reading it.
+SHIFTS = {"any hands": {"old rule": "id", "new rule": "face-rule any-hands"},
+          "hands with a face card": {"old rule": "ten-rule face-hands", "new rule": "ood"},
+          "fake: new rule stated, old rule scored": {"of all hands": "fake"}}
+CEILING = ("of the fake probe's held-out hands 62.4-62.6 % (of 2,000, of 1,000) can be solved at "
+           "all under the old rule, which is scored")
+
+
+def with_cells(runs, cells):
+    """The runs with those of their rows that have all the cells. A run without is left out by name.
+
+    Raises Problem if none is left.
+    """
+    kept = []
+    for run in runs:
+        rows = [row for row in run.rows
+                if all({"success", "interval"} <= row["cells"].get(cell, {}).keys()
+                       for cell in cells)]
+        if rows:
+            kept.append(replace(run, rows=rows))
+        else:
+            print(f"left out: {run.folder}, as none of its rows has all of {', '.join(cells)}")
+    if not kept:
+        names = " ".join(f'"{cell.removeprefix("held-out/")}"' for cell in cells)
+        raise Problem("no run has the cells; add them: python evaluate.py --run RUN --steps LAST "
+                      f"--splits test --cells {names}")
+    return kept
+
+
+@functools.lru_cache
+def solvable(count):
+    """Which share of the first `count` held-out hands of the `fake` probe its scoring can pay.
+
+    They are few, so it differs: 0.665 of 200, 0.644 of 500, 0.626 of 1,000, 0.624 of 2,000.
+    """
+    envs, seeds = cell_environments("fake", "test", count)
+    hands = [env.reset(seed)[1]["hand"] for env, seed in zip(envs, seeds)]
+    return mean(gp_env.solvable(gp_env.card_numbers(hand.cards, gp_env.RULES["ten"]))
+                for hand in hands)
+
+
+def at_end(arm, cell, payable=False):
+    """(mean of the seeds' ends, low, high) in percent: 95 % of the luck of evaluation.
+
+    payable: of the hands of the `fake` probe that can be solved at all.
+    """
+    found = []
+    for row in arm.ends.values():
+        measures = row["cells"][cell]
+        share = solvable(int(min(2000, measures.get("count", row["hands"])))) if payable else 1
+        found.append([min(1, rate / share) for rate in (measures["success"],
+                                                        *measures["interval"])])
+    return tuple(100 * rate for rate in mean_gain(found))
+
+
+def plot_shifts(folders, path, only=None):
+    """The two shifts of the rule OOD apart, and the `fake` probe: runs of gp-l at their ends."""
+    cells = [f"held-out/{cell}" for places in SHIFTS.values() for cell in places.values()]
+    arms = name_arms(group(with_cells(read_runs(folders, "gp-l"), cells)))
+    arms = choose(arms, only)
+    panels, columns = [], {}                # columns: {heading: [a level of each arm]}
+    for title, places in SHIFTS.items():
+        levels = {place: [at_end(arm, f"held-out/{cell}") for arm in arms]
+                  for place, cell in places.items()}
+        if len(levels) == 1:                # the probe
+            levels["of the solvable"] = [at_end(arm, cells[-1], payable=True) for arm in arms]
+        panels.append(shift_panel(title, levels, arms, joined=len(places) > 1))
+        columns |= {f"{title}, {place}": level for place, level in levels.items()}
+    top = max(high for levels in columns.values() for _, _, high in levels)
+    draw_panels([panel | {"top": top} for panel in panels], path,
+                f"GeneralPoints, text, held-out hands: success within five tries; {CEILING}")
+    print("| % [95 %, luck of evaluation] | seeds | " + " | ".join(columns) + " |")
+    print("|---" * (2 + len(columns)) + "|")
+    for arm, *levels in zip(arms, *columns.values()):
+        print(f"| {arm.label} | {len(arm.runs)} | " + " | ".join(
+            "{:.1f} [{:.1f}, {:.1f}]".format(*level) for level in levels) + " |")
+    print(f"{CEILING}: what stands beside an ID rate is the share of the solvable")
+
+
+def shift_panel(title, levels, arms, joined):
+    """A panel with places on its x axis. levels: {place: [(mean, low, high) of each arm]}.
+
+    joined: a line leads from place to place; where the effects of two shifts add, the lines of an
+    arm are parallel in both panels.
+    """
+    series = []
+    for number, arm in enumerate(arms):
+        aside = 0.1 * (number - (len(arms) - 1) / 2)    # bars stand side by side
+        look = {"label": arm.label, "colour": arm.colour, "dashed": arm.dashed}
+        points = [(at + aside, *level[number]) for at, level in enumerate(levels.values(), 1)]
+        # An interval is a bar of its own: a band would fill the room between two places.
+        series += [look | {"points": [point]} for point in points]
+        if joined:
+            series.append(look | {"points": [(x, middle, middle, middle)
+                                             for x, middle, _, _ in points]})
+    return {"title": title, "x_label": "", "y_label": "%", "series": series,
+            "places": dict(enumerate(levels, 1))}
+
+
 # ------------------------------------------------------------------------------------------------
 # 6. Drawing
 #
@@ -603,8 +711,10 @@ def axes_of(panel):
     if x_axis.last - x_axis.first > 3 and min(xs) < max(xs) < x_axis.end:
         # Four ticks remain without the last one, so stop at the data and waste no width.
         x_axis.last, x_axis.end = x_axis.last - 1, max(xs)
+    if "places" in panel:           # names at 1, 2, ..., and room at both ends
+        x_axis = Axis(0, len(panel["places"]) + 1, 1, len(panel["places"]) + 1, 0)
     lowest = min([0] + [min(middle, low) for _, middle, low, _ in points])
-    highest = max([0] + [max(middle, high) for _, middle, _, high in points])
+    highest = max([panel.get("top", 0)] + [max(middle, high) for _, middle, _, high in points])
     # A little air above the highest value, but a percentage needs no axis beyond 100.
     return x_axis, round_axis(lowest, max(highest, min(100, highest * 1.03)))
 
@@ -670,8 +780,9 @@ def draw_axes(draw, frame, panel):
         write(draw, frame.left - 14, y, y_axis.tick(i), 24, "rm", LEFT - 18, GREY)
     for i in range(x_axis.first, x_axis.last + 1):
         x, _ = frame.pixel(i * x_axis.step, 0)
-        draw.line((x, frame.bottom, x, frame.bottom + 8), BLACK, 2)
-        write(draw, x, frame.bottom + 16, x_axis.tick(i), 24, "ma", colour=GREY)
+        name = panel["places"].get(i, "") if "places" in panel else x_axis.tick(i)
+        draw.line((x, frame.bottom, x, frame.bottom + 8 * bool(name)), BLACK, 2)
+        write(draw, x, frame.bottom + 16, name, 24, "ma", colour=GREY)
     draw.line((frame.left, frame.top, frame.left, frame.bottom, frame.right, frame.bottom), BLACK,
               2)
     middle, width = (frame.left + frame.right) / 2, frame.right - frame.left
@@ -736,7 +847,8 @@ def draw_panels(panels, path, title=""):
         small): {"title", "x_label", "y_label", "series"}; "series" is a list of {"label": str,
         "colour": (r, g, b), "points": [(x, mean, low, high), ...], "dashed": bool}. Points are
         joined in their order. No points: only the legend names the series. One point: a dot, and a
-        bar from low to high. Series with the same label share one legend entry.
+        bar from low to high. Series with the same label share one legend entry. A panel may have
+        "places", {1: name, 2: name, ...}, on its x axis, and "top", which its y axis reaches.
     path: where the PNG goes; an older file there is replaced only once the new one is complete.
     title: a heading above all panels; "" leaves its room out.
     """
@@ -760,11 +872,39 @@ def draw_panels(panels, path, title=""):
         for series in panel["series"]:
             draw_line(draw, frame, series)
     draw_legend(draw, legend, panels_end, width)
-    # Written beside the target and renamed: a reader never sees half a picture.
+    save(image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS), path)
+
+
+def save(image, path):
+    """Write a PNG beside the target, then rename it: a reader never sees half a picture."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    smooth = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
-    smooth.save(temporary, format="PNG")
+    image.save(temporary, format="PNG")
     os.replace(temporary, path)
+
+
+def draw_sheet(task, count, path):
+    """A sheet of `count` pictures, two in a row: hands (gp-vl) or street views (virl-vl).
+
+    Rows of hands are black, red, mixed, in turn. Views (front, right / back, left) are of the first
+    crossing on a walk, in the training city and the nine others in turn.
+    """
+    pictures = []
+    for seed in range(count):
+        if task == "gp-vl":
+            suits = ("black", "red", "all")[seed // 2 % 3]
+            env = gp_env.GeneralPoints(face=True, suits=suits, split="all", picture=(400, 200))
+            pictures.append(env.reset(seed)[0]["image"])
+        else:
+            city = list(virl_env.CITIES)[seed % len(virl_env.CITIES)]
+            sharp = virl_env.Atlas(virl_env.city_files(city, 2048), city)
+            env = virl_env.Navigation(sharp, split="all", picture=(400, 400))
+            env.reset(seed)
+            pictures.append(env.look(next(at for at in env.rail if at.kind == "later turn")))
+    wide, high = (side + 10 for side in pictures[0].size)
+    sheet = Image.new("RGB", (2 * wide + 10, math.ceil(count / 2) * high + 10), "white")
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (10 + number % 2 * wide, 10 + number // 2 * high))
+    save(sheet, path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -785,12 +925,24 @@ def main():
                         "these run folders instead")
     parser.add_argument("--keys", nargs="+", default=["reward", "approx_kl"], metavar="KEY",
                         help="with --metrics: what to draw (default reward approx_kl)")
+    parser.add_argument("--shifts", action="store_true", help="gp-l: draw the rule's shift, the "
+                        "hands' shift and the fake probe instead, from the ends of the runs")
+    parser.add_argument("--sheet", type=int, default=0, metavar="N", help="draw N hands (--task "
+                        "gp-vl) or street views (virl-vl) instead")
     parser.add_argument("--out", default="figure.png", help="PNG file (default figure.png)")
     args = parser.parse_args()
     out = pathlib.Path(args.out).absolute()
     if out.is_dir() or not out.parent.is_dir():
         raise Problem(f"--out {args.out}: give a file in a folder that is there")
-    if args.metrics:
+    if args.shifts and args.task != "gp-l" or args.sheet and not args.task.endswith("-vl"):
+        raise Problem("--shifts is for gp-l alone, --sheet for --task gp-vl or virl-vl")
+    if not 0 <= args.sheet <= 1000:
+        raise Problem(f"--sheet {args.sheet}: give a number up to 1000")
+    if args.sheet:
+        draw_sheet(args.task, args.sheet, out)
+    elif args.shifts:
+        plot_shifts(args.folders or [HERE], out, args.only)
+    elif args.metrics:
         plot_metrics(args.metrics, args.keys, out)
     else:
         plot(args.folders or [HERE], out, args.task, args.only)

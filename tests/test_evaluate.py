@@ -588,9 +588,7 @@ def test_the_value_of_a_message_is_conversation_minus_fresh(tiny, monkeypatch):
     found = found["held-out/id"]
     assert (found["success"], found["fresh"], found["message"]) == (1.0, 1.0, 0.0)
     assert found["first_try"] == (3 / 4 + 1 / 4) / 2
-    seen.clear()
-    assert "fresh" not in evaluate.evaluate(tiny, ["id"], ["test"], 4, 3, fresh=False)[0][
-        "held-out/id"] and len(seen) == 1
+    assert len(seen) == 2
 
 
 def test_every_checkpoint_of_a_run_is_played_once(tiny, tmp_path, monkeypatch, capsys):
@@ -677,6 +675,30 @@ def test_results_are_written_and_transcripts_shown(model, tmp_path, monkeypatch,
     assert len(results) == 2 * len(evaluate.CELLS)
 
 
+def test_two_models_are_shown_side_by_side(tiny, model, tmp_path, monkeypatch, capsys):
+    """Catches the prompt printed twice, tries on another hand, and one model's answers twice."""
+    other = copy.deepcopy(tiny)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.copy_(parameter.flip(0))
+    sft.save_checkpoint(tmp_path / "other", other)
+    monkeypatch.setattr(evaluate, "solved", lambda episode: False)
+    flags = [*QUICK, "--tries", 2, "--temperature", 0, "--show", 2]
+    code, out, error = shown(monkeypatch, capsys, evaluate, "--model", model, *flags, "--beside",
+                             tmp_path / "other")
+    assert code == 0, error
+    said = {}
+    for name in (model, tmp_path / "other"):
+        code, single, error = shown(monkeypatch, capsys, evaluate, "--model", name, *flags)
+        assert code == 0, error
+        said[name] = [line for line in single.splitlines() if line.startswith("  model ")]
+    assert out.count("[Cards]") == 2
+    first, second = (said[name] for name in said)
+    assert first != second and len(first) == len(second) == 4
+    assert [line for line in out.splitlines() if line.startswith("  model ")] == [
+        *first[:2], *second[:2], *first[2:], *second[2:]]
+
+
 def test_results_are_written_before_anything_is_printed(model, tmp_path, monkeypatch):
     """Catches minutes of measuring that are lost to `| head`, or to a name of the old results."""
     reading, writing = os.pipe()
@@ -693,8 +715,114 @@ def test_results_are_written_before_anything_is_printed(model, tmp_path, monkeyp
     let_go()
 
 
+# ------------------------------------------------------------------------------------------------
+# The strip
+# ------------------------------------------------------------------------------------------------
+
+
+def strip_of(monkeypatch, capsys, path, *flags):
+    """(rows of --out, lines printed) of a strip."""
+    code, out, error = shown(monkeypatch, capsys, evaluate, *flags, "--out", path)
+    assert code == 0, error
+    lines = [line for line in out.splitlines() if "cuts off" not in line]
+    return [json.loads(line) for line in path.read_text().splitlines()], lines
+
+
+class Digits:
+    """A tokenizer with a token a digit, as some have: the numbers of `tiny`'s are cut in two."""
+
+    def __init__(self, tokenizer):
+        self.whole = tokenizer
+        self.cut = {tokenizer.convert_tokens_to_ids(text): [
+            tokenizer.convert_tokens_to_ids(digit) for digit in text] for text in
+            ("10", "11", "12", "13")}
+
+    def __call__(self, text, **how):
+        ids = self.whole(text, **how)["input_ids"]
+        return {"input_ids": [part for token in ids for part in self.cut.get(token, [token])]}
+
+    def decode(self, ids):
+        """As text."""
+        return self.whole.decode(ids)
+
+
+@pytest.mark.parametrize("digits", [False, True])
+@torch.no_grad()
+def test_strip_by_hand(tiny, tmp_path, monkeypatch, capsys, digits):
+    """Catches p of the next token instead of the number's, of another card, of the old prompt; and
+    of digits that the two numbers share."""
+    # J = 11 is the second card of the hand, the first face card; the queen behind it does not count
+    hand = gp_env.Hand(("A", "J", "Q", "2"), (), (11, 12, 13))
+    whole = tiny.tokenizer
+    if digits:
+        tiny.tokenizer = Digits(whole)
+    monkeypatch.setattr(sft, "open_backbone", lambda *_: tiny)
+    (row,), lines = strip_of(monkeypatch, capsys, tmp_path / "strip.jsonl", "--strip", "a, j q,2")
+    told = sft.user_ids(tiny, gp_env.prompt(hand), first=True)
+    before = tiny.tokenizer('{"cards": ["A", "J", "Q", "2"], "number": [1, ')["input_ids"]
+    if digits:
+        before += [whole.convert_tokens_to_ids("1")]
+    p = alone(tiny, told + before).softmax(0)
+    ends = ("1", "0") if digits else ("11", "10")
+    expected = [p[whole.convert_tokens_to_ids(end)].item() for end in ends]
+    assert [row["p_stated"], row["p_ten"]] == pytest.approx(expected, rel=1e-3)
+    assert (row["step"], row["stated"]) == (None, 11)
+    # the greedy answer: its first token is the likeliest after the prompt
+    said = alone(tiny, told)
+    said[tiny.banned] = -torch.inf
+    assert row["text"].startswith(whole.decode([said.argmax().item()]))
+    assert "p(11)" in lines[0] and lines[1].split()[:3] == [
+        "-", f"{expected[0]:.3f}", f"{expected[1]:.3f}"] and len(lines[1]) < 100
+
+
+@torch.no_grad()
+def test_strip_scores_numbers_of_unequal_length(tiny, tmp_path, monkeypatch, capsys):
+    """Catches the first token alone scored where "11" is two tokens and "10" is one."""
+    whole, tiny.tokenizer = tiny.tokenizer, Digits(tiny.tokenizer)
+    one, ten = (whole.convert_tokens_to_ids(text) for text in ("1", "10"))
+    tiny.tokenizer.cut = {whole.convert_tokens_to_ids("11"): [one, one]}
+    monkeypatch.setattr(sft, "open_backbone", lambda *_: tiny)
+    (row,), _ = strip_of(monkeypatch, capsys, tmp_path / "strip.jsonl", "--strip", "J A Q 2")
+    told = sft.user_ids(tiny, gp_env.prompt(gp_env.Hand(("J", "A", "Q", "2"), (), (11, 12, 13))),
+                        first=True)
+    told += whole('{"cards": ["J", "A", "Q", "2"], "number": [')["input_ids"]
+    first, second = alone(tiny, told).softmax(0), alone(tiny, told + [one]).softmax(0)
+    assert [row["p_stated"], row["p_ten"]] == pytest.approx(
+        [(first[one] * second[one]).item(), first[ten].item()], rel=1e-3)
+
+
+def test_strip_of_a_run_has_a_line_for_each_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    """Catches a checkpoint left out or shown under another's step, and --steps without effect."""
+    run = tmp_path / "run"
+    for step in (1, 20, 300):
+        with torch.no_grad():
+            tiny.model.get_output_embeddings().weight.mul_(1.5)
+        sft.save_checkpoint(run / f"step-{step:06d}", tiny)
+    (run / "args.json").write_text('{"task": "gp-l"}')
+    path, flags = tmp_path / "strip.jsonl", ["--strip", "10 A 2 J", "--max-new-tokens", 4]
+    rows, lines = strip_of(monkeypatch, capsys, path, *flags, "--run", run)
+    assert [row["step"] for row in rows] == [1, 20, 300] == [int(x.split()[0]) for x in lines[1:]]
+    assert len({row["p_stated"] for row in rows}) == 3 and not (run / "eval.jsonl").exists()
+    some, _ = strip_of(monkeypatch, capsys, path, *flags, "--run", run, "--steps", 20)
+    (lone,), _ = strip_of(monkeypatch, capsys, path, *flags, "--model", run / "step-000020")
+    assert some == rows[1:2] == [lone | {"step": 20}]
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--model", "nowhere"], ["nowhere"]),
+    (["--strip", "10 A 2"], ["--strip", "10 A 2:"]),
+    (["--strip", "10 A 2 3 J"], ["--strip"]),
+    (["--strip", "10 A 2 3"], ["--strip", "J, Q or K"]),
+    (["--strip", "10 A 2 JQ"], ["--strip"]),
+    (["--strip", "1 A 2 J"], ["--strip"]),
+    (["--strip", "J J J J"], ["--strip", "make 24"]),
+    (["--strip", ""], ["--strip", "empty"]),
+    (["--strip", "10 A 2 J", "--task", "virl-l"], ["--strip", "gp-l"]),
+    (["--strip", "10 A 2 J", "--out", "nowhere/strip.jsonl"], ["nowhere"]),
+    (["--strip", "10 A 2 J", "--run", "empty"], ["empty"]),
+    (["--strip", "10 A 2 J", "--run", "runs", "--steps", "1", "999"], ["999"]),
+    (["--beside", "nowhere"], ["nowhere"]),
+    (["--beside", "nowhere", "--run", "runs"], ["--beside"]),
     (["--hands", "0"], ["--hands"]),
     (["--batch", "0"], ["--batch"]),
     (["--temperature", "-1"], ["--temperature"]),

@@ -7,6 +7,7 @@ import doctest
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 import evaluate
 import sft
 from results import plot
-from test_sft import assert_one_line, command
+from test_sft import assert_one_line, command, shown
 
 
 def write_run(folder, kind, seed, values, task="gp-l", counts=(100,), more=None, **flags):
@@ -372,6 +373,107 @@ def test_metrics_of_two_runs_are_drawn(tmp_path, monkeypatch, capsys):
     assert_one_line(*command(monkeypatch, capsys, plot, *flags, "wealth"), "a", "wealth")
 
 
+def shifted_run(folder, kind, seed, rates, lacking=(), count=200, **flags):
+    """A run whose last row has the five cells of the two shifts; intervals are 0.1 to each side."""
+    write_run(folder, kind, seed, {10: 0.5, 20: 0.5}, **flags)
+    rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    cells = ("id", "face-rule any-hands", "ten-rule face-hands", "ood", "fake")
+    for cell, rate in zip(cells, rates):
+        if cell not in lacking:
+            rows[-1]["cells"][f"held-out/{cell}"] = {
+                "success": rate, "interval": [max(0, rate - 0.1), rate + 0.1], "count": count}
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_two_shifts_and_the_probe_are_drawn(tmp_path, monkeypatch, capsys):
+    """Catches a cell in another's place, a step that lacks cells, intervals that do not shrink with
+    more seeds, and a probe whose ceiling is not told."""
+    shifted_run(tmp_path / "sft", "sft", 0, (0.2, 0.1, 0.3, 0.0, 0.133))
+    for seed, shift in ((0, 0.0), (1, 0.1)):
+        rates = [rate + shift for rate in (0.4, 0.35, 0.45, 0.3, 0)]
+        shifted_run(tmp_path / f"rl{seed}", "rl", seed, rates)
+    shifted_run(tmp_path / "poor", "rl", 2, (0.4,) * 5, lacking=["fake"])
+    drawn, draw_panels = [], plot.draw_panels
+
+    def spy(panels, path, title):
+        drawn.extend([panels, title])
+        draw_panels(panels, path, title)
+
+    monkeypatch.setattr(plot, "draw_panels", spy)
+    out = tmp_path / "shifts.png"
+    code, printed, error = shown(monkeypatch, capsys, plot, tmp_path, "--shifts", "--only", "*",
+                                 "--out", out)
+    assert code == 0, error
+    assert f"left out: {tmp_path / 'poor'}," in printed
+    (any_hands, face_hands, fake), title = drawn
+    assert "62.4-62.6 %" in title and "62.4-62.6 %" in printed.splitlines()[-2]
+    assert [panel["places"] for panel in (any_hands, face_hands, fake)] == [
+        {1: "old rule", 2: "new rule"}] * 2 + [{1: "of all hands", 2: "of the solvable"}]
+    half = 100 * math.hypot(0.1, 0.1) / 2               # of a mean of two seeds
+    for panel, sft_levels, rl_levels in ((any_hands, (20, 10), (45, 40)),
+                                         (face_hands, (30, 0), (50, 35))):
+        points = [series["points"] for series in panel["series"]]
+        bars = [point for (point,) in (found for found in points if len(found) == 1)]
+        lines = [[middle for _, middle, _, _ in found] for found in points if len(found) == 2]
+        assert lines == [pytest.approx(sft_levels), pytest.approx(rl_levels)]
+        for bar, level, width in zip(bars, (*sft_levels, *rl_levels), (10, 10, half, half)):
+            assert bar[1:] == pytest.approx((level, max(0, level - width), level + width))
+        assert len({x for x, *_ in bars}) == 4          # bars do not hide each other
+    # 133 of the first 200 hands of the probe can be paid at all
+    levels = [series["points"][0][1] for series in fake["series"]]
+    assert levels == pytest.approx([13.3, 13.3 / 0.665, 5, 5 / 0.665])
+    assert "| SFT | 1 | 20.0 [10.0, 30.0] | 10.0 [0.0, 20.0] | 30.0 [20.0, 40.0]" in printed
+    y_axes = [plot.axes_of(panel)[1] for panel in drawn[0]]
+    assert y_axes[0] == y_axes[1] == y_axes[2]
+    with Image.open(out) as image:
+        assert image.width == 3 * 460
+
+
+def test_a_sheet_of_hands_has_rows_of_suits(tmp_path, monkeypatch, capsys):
+    """Catches one picture many times, pictures that overlap, and red among the black."""
+    out = tmp_path / "sheet.png"
+    code, error = command(monkeypatch, capsys, plot, "--sheet", 5, "--task", "gp-vl", "--out", out)
+    assert code == 0, error
+    with Image.open(out) as image:
+        assert image.size == (830, 640)
+        pixels = np.asarray(image).astype(int)
+    hands = [pixels[y:y + 200, x:x + 400] for y in (10, 220, 430) for x in (10, 420)]
+    red = [int(((hand[..., 0] > 180) & (hand[..., 1] < 60)).sum()) for hand in hands]
+    assert red[0] == red[1] == 0 < min(red[2:4])
+    assert (hands[5] == 255).all() and (pixels[:, 410:420] == 255).all()
+    assert len({hand.tobytes() for hand in hands}) == 6
+
+
+def test_a_sheet_of_views_goes_round_the_cities(tmp_path, monkeypatch, capsys):
+    """Catches one city twice, and a view of the first turn, in the middle of a block."""
+    class Walk:
+        """In place of a walk: its view is grey, darker from city to city, white at other places."""
+
+        def __init__(self, city, **how):
+            self.shade, self.rail = 20 * list(plot.virl_env.CITIES).index(city), []
+
+        def reset(self, seed):
+            """Lay a rail."""
+            self.rail = [SimpleNamespace(kind=kind) for kind in ("first turn", "later turn")]
+
+        def look(self, position):
+            """A picture."""
+            shade = self.shade if position.kind == "later turn" else 255
+            return Image.new("RGB", (400, 400), (shade,) * 3)
+
+    monkeypatch.setattr(plot.virl_env, "city_files", lambda city, width: None)
+    monkeypatch.setattr(plot.virl_env, "Atlas", lambda files, city: city)
+    monkeypatch.setattr(plot.virl_env, "Navigation", Walk)
+    out = tmp_path / "sheet.png"
+    code, error = command(monkeypatch, capsys, plot, "--sheet", 11, "--task", "virl-vl", "--out",
+                          out)
+    assert code == 0, error
+    with Image.open(out) as image:
+        assert image.size == (830, 6 * 410 + 10)
+        seen = [image.getpixel((200 + i % 2 * 410, 200 + i // 2 * 410))[0] for i in range(12)]
+    assert seen == [*range(0, 200, 20), 0, 255]
+
+
 @pytest.mark.parametrize("low, high", [(0, 0), (5, 5), (0, 0.3), (0, 99.7), (-4.2, 1.3),
                                        (1e-5, 9e-5), (1.9e12, 2.1e13), (-7, -2), (0, 1e-12)])
 def test_axes_hold_what_they_show(low, high):
@@ -399,6 +501,9 @@ LINE = ('{{"step": 0, "hands": {hands}, "flops_spent": {flops}, "cells": '
     ("eval.jsonl", LINE.format(hands=9, flops="NaN", rate=0.5)),
     ("eval.jsonl", LINE.format(hands=9, flops=1, rate=2)),
     ("eval.jsonl", LINE.format(hands=9, flops=1, rate='"1"')),
+    ("eval.jsonl", LINE.format(hands=9, flops=1, rate='0.5, "interval": [0.6, 0.4]')),
+    ("eval.jsonl", LINE.format(hands=9, flops=1, rate='0.5, "interval": "ab"')),
+    ("eval.jsonl", LINE.format(hands=9, flops=1, rate='0.5, "count": "9"')),
     ("eval.jsonl", "[" * 100_000),
     ("args.json", "{"),
     ("args.json", "[]"),
@@ -426,6 +531,10 @@ def test_damaged_runs_are_named(tmp_path, monkeypatch, capsys, name, content):
     (["runs", "--out", "nowhere/figure.png"], ["nowhere"]),
     (["runs", "--out", "empty"], ["empty", "--out"]),
     (["--metrics", "nowhere"], ["nowhere", "metrics.jsonl"]),
+    (["runs", "--shifts"], ["evaluate.py --run", '"face-rule any-hands"']),
+    (["runs", "--shifts", "--task", "virl-l"], ["--shifts", "gp-l"]),
+    (["--sheet", "4"], ["--sheet", "gp-vl"]),
+    (["--sheet", "-1", "--task", "gp-vl"], ["--sheet"]),
 ])
 def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
     """Catches a traceback, and an empty figure."""

@@ -891,13 +891,20 @@ def table_of(printed):
     """The lines of --inspect that show a token."""
     lines = printed.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("pos  token"))
-    return [line for line in lines[at + 1:] if line[:3].strip().isdigit()]
+    end = next(i for i, line in enumerate(lines) if line.startswith("try  reward"))
+    return lines[at + 1:end]
+
+
+def tries_of(printed):
+    """The lines of --inspect that show a try: [[try, r, V, delta, A, R, normalised A], ...]."""
+    lines = printed.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("try  reward"))
+    return [[float(word) for word in line.split()] for line in lines[at + 1:]]
 
 
 def values_of(printed):
-    """V in each line of --inspect that has one."""
-    return [float(line.rsplit(None, 4)[1]) for line in table_of(printed) if line[34:].strip()
-            and len(line.rsplit(None, 4)) == 5 and line.rsplit(None, 3)[1][0] in "+-"]
+    """V before each try that --inspect shows."""
+    return [numbers[2] for numbers in tries_of(printed)]
 
 
 def test_inspect_prints_a_table_and_learns_nothing(rigged, monkeypatch, capsys):
@@ -915,6 +922,32 @@ def test_inspect_prints_a_table_and_learns_nothing(rigged, monkeypatch, capsys):
         found[init] = values_of(printed)
         assert found[init]
     assert set(found["model"]) == {0.0} != set(found["run/step-000001"])
+
+
+def test_inspect_shows_what_gae_makes_of_each_try(rigged, monkeypatch, capsys):
+    """Catches V of another try, delta or A of the normalised advantages, a last try that looks
+    beyond its end; and tries of another episode than the conversation's."""
+    train(monkeypatch, capsys, "run", "--updates", 1)
+    gamma, lam, episodes, collect = 0.5, 0.25, [], rl.collect
+    monkeypatch.setattr(rl, "collect", lambda *args: (
+        episodes.extend(collect(*args)), episodes)[1])
+    code, printed, error = shown(monkeypatch, capsys, rl, "--model", "model", "--init",
+                                 "run/step-000001", *FLAGS, "--inspect", "--gamma", gamma, "--lam",
+                                 lam)
+    assert code == 0, error
+    tries = tries_of(printed)
+    assert len(tries) > 2 and [row[0] for row in tries] == list(range(len(tries)))
+    said, = (e for e in episodes if [t.reward for t in e.turns] == [row[1] for row in tries])
+    assert table_of(printed)[len(said.turns[0].prompt_ids) - 1].endswith("V is read here")
+    following = tries[1:] + [[0.0] * 7]
+    for (_, reward, value, delta, advantage, target, _), after in zip(tries, following):
+        assert delta == pytest.approx(reward + gamma * after[2] - value, abs=0.02)
+        assert advantage == pytest.approx(delta + gamma * lam * after[4], abs=0.02)
+        assert target == pytest.approx(advantage + value, abs=0.02)
+    every = torch.tensor([row[4] for row in tries])
+    scale, shift = (tries[0][6] - tries[-1][6]) / (tries[0][4] - tries[-1][4]), tries[0][6]
+    assert torch.allclose((every - every[0]) * scale + shift,
+                          torch.tensor([row[6] for row in tries]), atol=0.05)
 
 
 def test_inspect_of_a_run_shows_its_last_checkpoint(rigged, monkeypatch, capsys):
