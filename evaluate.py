@@ -38,7 +38,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import sft                  # before torch: it says how torch's threads are to wait
-
 import torch
 from PIL import Image
 from tqdm import tqdm

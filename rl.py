@@ -35,7 +35,6 @@ import sys
 import time
 
 import sft                  # before torch: it says how torch's threads are to wait
-
 import torch
 from tqdm import tqdm
 
@@ -288,16 +287,6 @@ def per_answer(token_values, counts):
     return token_values.new_zeros(len(counts)).index_add(0, which, token_values)
 
 
-def kl_price(logprobs, start_logprobs):
-    """A price for moving away from the start, summed over sampled tokens (N,).
-
-    The mean of exp(gap) - 1 - gap estimates KL(policy || start) and is never negative (k3 in
-    Schulman's note). Its gradient, though, is that of KL(start || policy).
-    """
-    gap = start_logprobs - logprobs
-    return (gap.exp() - 1 - gap).sum()
-
-
 def answer_lengths(row):
     """Tokens of each answer of a conversation: the ones of its mask up to the next answer."""
     starts = [end + 1 for end in row["value_at"]]
@@ -332,9 +321,6 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
     critic = value_loss(values, old_values, returns, args.value_clip) / tries
     # Minimised: the surrogate enters with a minus already, the entropy bonus is subtracted.
     loss = policy + VALUE_COEF * critic - args.entropy_coef * entropy.sum() / actions
-    if args.kl_coef > 0:
-        start = torch.cat([r["start_logprobs"] for r in part])
-        loss = loss + args.kl_coef * kl_price(logprobs, start) / actions
     return loss, {
         "policy_loss": policy.item(), "value_loss": critic.item(),
         "entropy": entropy.sum().item() / tokens,
@@ -406,7 +392,6 @@ def run(args):
         clock.append(time.time())
         rows = conversations(episodes)
         score_all(policy.backbone, policy.head, rows, args.temperature, args.micro_batch)   # 2
-        policy.score_start(rows)
         can_learn = add_advantages(rows, episodes, args.gamma, args.lam)                    # 3
         if args.advantage == "right":
             only_right(rows, episodes)
@@ -440,7 +425,6 @@ class Policy:
               f"episodes, {torch.get_num_threads()} threads", flush=True)
         start = args.init or make_start(args)
         self.backbone = sft.open_backbone(args, start)
-        self.start = sft.open_backbone(args, start) if args.kl_coef > 0 else None
         model = self.backbone.model
         sft.freeze(model, args.freeze)
         args.max_new_tokens = sft.answer_length(self.backbone, args, args.tries)
@@ -464,18 +448,10 @@ class Policy:
         self.metrics = sft.Metrics(self.folder, self.first if saved else None)
         self.measured = sft.Metrics(self.folder, self.first if saved else None, "eval.jsonl")
 
-    def score_start(self, rows):
-        """With --kl-coef: add the start's log-probabilities of the sampled tokens to each row."""
-        if self.start:
-            copies = [dict(row) for row in rows]
-            score_all(self.start, self.head, copies, self.args.temperature, self.args.micro_batch)
-            for row, copy in zip(rows, copies):
-                row["start_logprobs"] = copy["logprobs"]
-
     def compute(self):
         """FLOPs so far, see `compute`."""
         size = task_parameters(self.backbone.model, pictured(self.args.task))
-        return compute(self.args.task, size, self.counts, 3 if self.start else 2)
+        return compute(self.args.task, size, self.counts)
 
     def measure(self, step, hands):
         """Evaluate on seen and held-out hands, print, and write eval.jsonl."""
@@ -498,17 +474,17 @@ class Policy:
             shutil.rmtree(path)
 
 
-def compute(task, size, counts, passes=2):
+def compute(task, size, counts):
     """FLOPs so far: by the paper's formula (README eq. 6) and really spent (eq. 7).
 
     size: parameters N. counts: of tokens, as in `Policy`. The paper charges 2 N * 6 * D_RL for
     sampling (V-IRL: 5.1), as if every new token read the whole conversation again; with a cache the
-    sampler reads each token once, the scoring pass once more (passes = 2; with --kl-coef 3).
+    sampler reads each token once, the scoring pass once more.
     """
     again = 5.1 if task.startswith("virl") else 6
     training = 6 * size * (counts["init"] + counts["trained"])
     return {"flops": training + 2 * size * again * counts["trained"],
-            "flops_spent": training + 2 * size * passes * counts["sampled"]}
+            "flops_spent": training + 2 * size * 2 * counts["sampled"]}
 
 
 def explained_variance(values, returns):
@@ -667,7 +643,6 @@ def flags(argv=None):
             ("clip", float, 0.2, "clip range of the ratio (paper: 0.1)"),
             ("value-clip", float, 1.0, "clip range of the value, in units of reward (paper: 0.1)"),
             ("entropy-coef", float, 0.0, "weight of the entropy bonus (paper: 0.01, unused)"),
-            ("kl-coef", float, 0.0, "weight of a KL term to the start (paper: none)"),
             ("gamma", float, 0.9, "discount for each try (paper: 0.9)"),
             ("lam", float, 0.95, "lambda of GAE (paper: 0.95)"),
             ("eval-hands", int, 250, "hands or walks a cell at both ends"),
@@ -677,8 +652,7 @@ def flags(argv=None):
     add("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
         help="let the critic's gradient into the trunk (paper: yes)")
     add("--ratio", choices=("token", "answer"), default="token", help="paper: answer")
-    add("--advantage", choices=("gae", "right"), default="gae",
-        help="right: learn from right answers alone, as if SFT sampled its own examples")
+    add("--advantage", choices=("gae", "right"), default="gae", help="right: right answers alone")
     add("--eval-split", choices=("test", "val"), default="test", help="val while tuning")
     add("--inspect", action="store_true", help="print one conversation, token by token, and stop")
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), WALKS), PRESETS, argv)

@@ -40,8 +40,7 @@ import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-# Before torch loads. Threads that spin while they wait are a seventh faster on two idle cores, and
-# beside one busy program four times slower: each waits for another that is not running.
+# Before torch loads: spinning threads are a seventh faster alone, 4 times slower beside one program
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -1004,8 +1003,7 @@ def training_flags(parser):
     add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
         help="recompute activations: less memory, more time, the same result")
     add("--freeze", choices=("none", "vision", "adapter"), help="keeps its weights (Fig. 16)")
-    add("--revise", type=float, default=0.0,
-        help="share of SFT's examples with wrong tries before the right one (Fig. 15)")
+    add("--revise", type=float, default=0.0, help="share of SFT examples with wrong tries; Fig. 15")
 
 
 def parse_flags(parser, task_defaults, presets, argv=None):

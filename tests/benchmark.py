@@ -228,8 +228,6 @@ def dry_sft(backbone, args):
 
 def dry_rl(backbone, args):
     """One update of rl.py; print what it cost, and what the run would."""
-    if args.kl_coef > 0:
-        raise sft.Problem("--dry-run knows nothing of a second model: leave out --kl-coef")
     play_cached(backbone, argparse.Namespace(**vars(args) | {"episodes": 1, "max_new_tokens": 2}))
     cost = one_update(backbone, args, play_cached)
     size = sft.task_parameters(backbone.model, sft.pictured(args.task))

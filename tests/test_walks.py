@@ -278,7 +278,7 @@ def test_cells_of_walks_are_what_they_say():
 FLAGS = ["--task", "virl-l", "--model", "model", "--routes", "town", "--other-routes", "town",
          "--ood"]
 SHORT = ["--init", "model", "--updates", 3, "--episodes", 4, "--max-new-tokens", 2, "--epochs", 2,
-         "--minibatch", 8, "--eval-hands", 1, "--eval-every", 9, "--kl-coef", 0.05, "--lr", 1e-3]
+         "--minibatch", 8, "--eval-hands", 1, "--eval-every", 9, "--lr", 1e-3]
 
 
 @pytest.fixture(scope="module")
