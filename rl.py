@@ -629,7 +629,7 @@ def flags(argv=None):
     add = parser.add_argument_group("PPO").add_argument
     add("--init", help="checkpoint to start from (default: make the SFT start)")
     for name, kind, default, text in (
-            ("updates", int, 20, "PPO updates (paper: 20; V-IRL: 15)"),
+            ("updates", int, 12, "PPO updates (paper: 20; V-IRL: 15)"),
             ("episodes", int, 256, "episodes an update (paper: about 500, as 2,048 tries)"),
             ("tries", int, gp_env.TRIES, "answers a hand, or a position (paper: 5; V-IRL: 2)"),
             ("temperature", float, 0.6, "of sampling and of the ratio (paper: 0.2)"),
@@ -645,8 +645,8 @@ def flags(argv=None):
             ("entropy-coef", float, 0.0, "weight of the entropy bonus (paper: 0.01, unused)"),
             ("gamma", float, 0.9, "discount for each try (paper: 0.9)"),
             ("lam", float, 0.95, "lambda of GAE (paper: 0.95)"),
-            ("eval-hands", int, 250, "hands or walks a cell at both ends"),
-            ("eval-every", int, 10, "updates between short evaluations")):
+            ("eval-hands", int, 200, "hands or walks a cell at both ends"),
+            ("eval-every", int, 6, "updates between short evaluations")):
         walks = WALKS.get(name.replace("-", "_"), default)
         add(f"--{name}", type=kind, default=default, help=f"{text}; {default}, V-IRL: {walks}")
     add("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
