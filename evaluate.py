@@ -211,7 +211,7 @@ def sample_answers(reader, playing, temperature, max_new_tokens, generator):
     ends = torch.tensor(reader.backbone.end_ids, device=device)
     going = torch.ones(len(playing), dtype=torch.bool, device=device)   # rows still speaking
     said, scores, spoke = [], [], []                                    # a column (B,) a token
-    while True:
+    for _ in sft.progress(range(max_new_tokens), "token"):
         token, logprob = draw(logits, temperature, generator)
         said.append(token)
         scores.append(logprob)
@@ -598,8 +598,7 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
 def play_cell(backbone, games, temperature, max_new_tokens, batch, blindfold):
     """Play the (environments, seeds) of a cell; the draws of every checkpoint begin alike."""
     episodes, (envs, seeds) = [], games
-    for number in sft.progress(range(math.ceil(len(envs) / batch)), "play", "batch"):
-        start = number * batch
+    for start in sft.progress(range(0, len(envs), batch), "episode"):
         generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
         episodes += play(backbone, envs[start:start + batch], seeds[start:start + batch],
                          temperature, max_new_tokens, generator, blindfold)
@@ -635,7 +634,7 @@ def evaluate_run(args, cells):
             continue
         if row.get("how", how) != how:
             raise Problem(f"{path}: measured with {row['how']}: give the same flags, or move it")
-        print(f"step {step}", flush=True)
+        print(f"step {step}")
         row["cells"] |= measure_model(args, sft.open_backbone(args, checkpoint), lacking)[0]
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
@@ -736,7 +735,7 @@ def main():
         return evaluate_run(args, cells)
     if args.out:
         open(args.out, "a").close()         # a path that fails, fails now
-    print(f"{args.model} on {args.task}: {args.hands} episodes a cell", flush=True)
+    print(f"{args.model} on {args.task}: {args.hands} episodes a cell")
     results, episodes = measure_model(args, sft.open_backbone(args), cells)
     if args.out:                            # before anything long is printed
         pathlib.Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
