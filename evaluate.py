@@ -213,7 +213,7 @@ def sample_answers(reader, playing, temperature, max_new_tokens, generator):
     ends = torch.tensor(reader.backbone.end_ids, device=device)
     going = torch.ones(len(playing), dtype=torch.bool, device=device)   # rows still speaking
     said, scores, spoke = [], [], []                                    # a column (B,) a token
-    while True:
+    for _ in sft.progress(range(max_new_tokens), "token"):
         token, logprob = draw(logits, temperature, generator)
         said.append(token)
         scores.append(logprob)
@@ -589,8 +589,7 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
 def play_cell(backbone, games, temperature, max_new_tokens, batch, blindfold):
     """Play the (environments, seeds) of a cell; the draws of every checkpoint begin alike."""
     episodes, (envs, seeds) = [], games
-    for number in sft.progress(range(math.ceil(len(envs) / batch)), "play", "batch"):
-        start = number * batch
+    for start in sft.progress(range(0, len(envs), batch), "episode"):
         generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
         episodes += play(backbone, envs[start:start + batch], seeds[start:start + batch],
                          temperature, max_new_tokens, generator, blindfold)
@@ -628,7 +627,7 @@ def evaluate_run(args, cells):
             continue
         if row.get("how", how) != how:
             raise Problem(f"{path}: measured with {row['how']}: give the same flags, or move it")
-        print(f"step {step}", flush=True)
+        print(f"step {step}")
         row["cells"] |= measure_model(args, sft.open_backbone(args, checkpoint), lacking)[0]
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
@@ -729,7 +728,7 @@ def show_strip(args, models):
         text = backbone.tokenizer.decode([i for i in ids if i not in backbone.end_ids])
         row = {"step": step, "stated": stated, "p_stated": p[0], "p_ten": p[1], "text": text}
         log.write(json.dumps(row) + "\n")
-        print(f"{step or '-':>6}  {p[0]:5.3f}  {p[1]:5.3f}  {repr(text)[-70:]}", flush=True)
+        print(f"{step or '-':>6}  {p[0]:5.3f}  {p[1]:5.3f}  {repr(text)[-70:]}")
 
 
 # -------- 8. Command line
@@ -775,7 +774,7 @@ def main():
         return show_strip(args, {None: args.model})
     if args.out:
         open(args.out, "a").close()         # a path that fails, fails now
-    print(f"{args.model} on {args.task}: {args.hands} episodes a cell", flush=True)
+    print(f"{args.model} on {args.task}: {args.hands} episodes a cell")
     other = sft.open_backbone(args, args.beside) if args.beside else None
     results, episodes = measure_model(args, sft.open_backbone(args), cells)
     beside = measure_model(args, other, cells)[1] if other else {}

@@ -186,12 +186,12 @@ def _solution_table(target):
     """{sorted numbers: [(order, triple, shape), ...]} of all hands of 1..13."""
     hands = list(itertools.combinations_with_replacement(range(1, 14), 4))   # 1,820
     found = {hand: [] for hand in hands}
-    one = np.ones((1, 1), dtype=np.int64)
+    one, signs = np.ones((1, 1, 1, 1), dtype=np.int64), np.ogrid[:4, :4, :4]     # an axis a sign
     for which, order in enumerate(ORDERS):
-        numbers = [(np.array(hands)[:, i, None], one) for i in order]        # (1820, 1) each
+        numbers = [(np.array(hands)[:, i].reshape(-1, 1, 1, 1), one) for i in order]
         for shape in range(SHAPES):
-            top, bottom = combine(shape, numbers, TRIPLES.T, calculate)      # (1820, 64) each
-            right = (bottom != 0) & (top == target * bottom)
+            top, bottom = combine(shape, numbers, signs, calculate)     # (1820, 4, 4, 4) each
+            right = ((bottom != 0) & (top == target * bottom)).reshape(len(hands), -1)
             for hand, triple in np.argwhere(right).tolist():
                 found[hands[hand]].append((which, triple, shape))
     return found

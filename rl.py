@@ -386,7 +386,7 @@ def run(args):
     policy = Policy(args)
     if policy.first == 0:
         policy.measure(0, args.eval_hands)
-    for update in sft.progress(range(policy.first, args.updates), "ppo", "update"):
+    for update in sft.progress(range(policy.first, args.updates), "PPO update"):
         clock = [time.time()]
         episodes = collect(policy.backbone, args, update)                                   # 1
         clock.append(time.time())
@@ -422,7 +422,7 @@ class Policy:
     def __init__(self, args):
         self.args, self.first = args, 0
         print(f"PPO on {args.task}, seed {args.seed}: {args.updates} updates of {args.episodes} "
-              f"episodes, {torch.get_num_threads()} threads", flush=True)
+              f"episodes, {torch.get_num_threads()} threads")
         start = args.init or make_start(args)
         self.backbone = sft.open_backbone(args, start)
         model = self.backbone.model
@@ -595,7 +595,7 @@ def make_start(args):
     step, digest = sft.start_step(wanted), sft.content_digest(wanted)
     folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}-{digest}"
     path = folder / f"step-{step:06d}"
-    print(f"SFT start, {step} steps, made once: {path}", flush=True)
+    print(f"SFT start, {step} steps, made once: {path}")
     if not (path / "state.pt").exists():
         backbone = sft.open_backbone(wanted)
         sft.answer_length(backbone, args, args.tries)       # before the work, not after it

@@ -155,7 +155,8 @@ def batch(backbone, rows):
 def by_length(rows, size):
     """Cut rows into micro-batches of `size`, neighbours of like length together: little padding."""
     rows = sorted(rows, key=lambda row: len(row["ids"]))
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
+    for i in progress(range(0, len(rows), size), "conversation"):
+        yield rows[i:i + size]
 
 
 # -------- 2. Log-probabilities
@@ -299,7 +300,7 @@ def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=Fa
         tokens = load_state(path, model=backbone, optimizer=optimizer)["tokens"]
     metrics = Metrics(folder, first if resume else None)
     began, losses = time.time(), []
-    for step in progress(range(first, stop), "sft", "step"):
+    for step in progress(range(first, stop), "SFT step"):
         optimizer.param_groups[0]["lr"] = rate(step)
         rows = [encode(backbone, conversation) for conversation in draw(step)]
         loss, fed = sft_loss(backbone, rows, micro_batch)
@@ -510,6 +511,7 @@ class Metrics:
 # Flags that change no result; with any other changed, --resume would mix two runs.
 FREE = ("resume", "out", "threads", "micro_batch", "grad_checkpoint")
 held = []           # lock files of the runs of this process
+spoken = [time.time()]      # when `progress` wrote its last line
 
 
 def open_run(folder, args, kind):
@@ -545,10 +547,13 @@ def open_run(folder, args, kind):
     return folder
 
 
-def progress(steps, name, unit):
-    """tqdm over a range of steps; in a log file its line comes once a minute."""
-    rare = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}
-    return tqdm(steps, name, unit=unit, initial=steps.start, total=steps.stop, leave=False, **rare)
+def progress(steps, what):
+    """Go through a range, with a bar on a terminal; a log file gets a line a minute in all."""
+    for step in tqdm(steps, what, leave=False, delay=1, disable=None):
+        yield step
+        if time.time() - spoken[0] > 60 and not sys.stderr.isatty():
+            spoken[0] = time.time()
+            print(f"{what} {min(step + steps.step, steps.stop)} of {steps.stop}", file=sys.stderr)
 
 
 # -------- 6. Loading a model, and finding out how to talk to it
@@ -953,11 +958,10 @@ PRESETS = {"gp-l": PAPER, "gp-vl": PAPER | SEEN, "virl-l": PAPER | WALKS,
 def guarded(main):
     """Run a script's main(): what the user can put right ends in one clear line, exit code 2."""
     name = pathlib.Path(sys.argv[0]).name
-    for stream in (sys.stdout, sys.stderr):     # a model may say what a terminal cannot print
-        getattr(stream, "reconfigure", dict)(errors="replace")
+    for stream in (sys.stdout, sys.stderr):     # print any words that a model says, line by line
+        getattr(stream, "reconfigure", dict)(errors="replace", line_buffering=True)
     try:
         main()
-        sys.stdout.flush()
         return 0
     except BrokenPipeError:                     # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1093,7 +1097,7 @@ def main():
     """Stage 1."""
     args = flags()
     print(f"SFT of {args.model} on {args.task}, seed {args.seed}, {args.steps} steps of "
-          f"{args.batch} examples", flush=True)
+          f"{args.batch} examples")
     backbone = open_backbone(args)
     answer_length(backbone, args)       # says so if right answers would be cut off
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")

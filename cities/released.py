@@ -17,6 +17,7 @@ landmarks at point i+1.
 Files are hostile: nothing is unpickled that names a class, and no id leads out of the folder.
 """
 
+import functools
 import io
 import json
 import math
@@ -82,8 +83,8 @@ def metres(a, b):
 
     One degree of latitude is 111,320 m, of longitude cos(latitude) as much.
     """
-    north, east = np.moveaxis(np.asarray(b, dtype=np.float64) - np.asarray(a), -1, 0)
-    return 111_320 * np.hypot(north, east * math.cos(math.radians(a[0])))
+    apart = np.asarray(b, dtype=np.float64) - np.asarray(a)
+    return 111_320 * np.hypot(apart[..., 0], apart[..., 1] * math.cos(math.radians(a[0])))
 
 
 def parse_milestones(text):
@@ -112,6 +113,8 @@ class Atlas:
     def __init__(self, load, where, pictures=False):
         self.load, self.where = load, where
         self.coordinates, self.ids = self._read_mapping()
+        # many routes pass by one corner and go along one street
+        self._nearest, self._between = map(functools.cache, (self._nearest, self._between))
         infos, self.routes = load(INFOS), []
         try:
             routes, _ = json.loads(infos)
@@ -177,7 +180,7 @@ class Atlas:
             landmarks.append(NOTHING if nothing else seen)
         if len(headings) != len(points) - 1 or not headings:
             raise ValueError(f"{len(headings)} milestones for {len(points) - 1} points")
-        spots = [self._nearest(point) for point in points]
+        spots = [self._nearest(tuple(point)) for point in points]
         if None in spots:
             raise ValueError(f"no panorama within {REACH:.0f} m of {points[spots.index(None)]}")
         points = [tuple(self.coordinates[i].tolist()) for i in spots]

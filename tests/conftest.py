@@ -1,5 +1,7 @@
 """Shared by all tests: the modules of the repository root, and a model small enough to test."""
 
+import copy
+import functools
 import os
 import sys
 from pathlib import Path
@@ -18,6 +20,14 @@ def tiny():
 
 
 def tiny_backbone(corpus):
+    """A copy of `built_backbone`, for a test to change."""
+    import torch
+    torch.set_num_threads(1)            # two threads are slower than one at this size
+    return copy.deepcopy(built_backbone(corpus))
+
+
+@functools.cache
+def built_backbone(corpus):
     """The model of `tiny`, with the tokenizer of a corpus (backbones/gp_corpus.py, say).
 
     A new model is nearly uniform and hardly attends to anything, which would hide a wrong position
@@ -27,7 +37,6 @@ def tiny_backbone(corpus):
 
     import sft
     from backbones.build import build_model, build_tokenizer
-    torch.set_num_threads(1)            # two threads are slower than one at this size
     tokenizer = build_tokenizer(corpus.phrases())
     model = build_model(tokenizer, 0, width=32, layers=4, crossing=(1,), heads=2, inner=64)
     with torch.no_grad():

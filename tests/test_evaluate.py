@@ -9,12 +9,14 @@ one go. Both must find the same log-probabilities, or PPO learns from noise.
 import copy
 import doctest
 import gc
+import itertools
 import json
 import math
 import os
 import random
 import sys
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +107,15 @@ def test_sampler_and_update_agree_on_logprobs(tiny, how):
         answers = [answer for episode in said(episodes) for answer in episode]
         assert len(set(map(len, answers))) > 3, "the answers do not differ: this tests too little"
         assert not {10, 200} & {token for answer in answers for token in answer}
+
+
+def test_a_batch_that_takes_minutes_is_heard_of(tiny, monkeypatch, capsys):
+    """Catches a log file without a word until a batch of a large model has been played."""
+    clock = itertools.count(61, 61)          # a minute passes whenever somebody asks
+    monkeypatch.setattr(sft, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(sft, "spoken", [0])
+    play(tiny, (1,), temperature=0, longest=3)
+    assert capsys.readouterr().err == "token 1 of 3\ntoken 2 of 3\n"
 
 
 def test_batch_changes_no_greedy_token(tiny):

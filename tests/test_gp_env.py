@@ -8,6 +8,7 @@ back from the words that a model sees, not from the objects that the code keeps.
 
 import doctest
 import functools
+import io
 import itertools
 import json
 import re
@@ -36,6 +37,7 @@ SPADES = ("spades",) * 4
 # ------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def can_make(numbers, target):
     """Brute force, another way than the solver: put two numbers together until one is left."""
     if len(numbers) == 1:
@@ -44,7 +46,7 @@ def can_make(numbers, target):
         rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
         x, y = numbers[i], numbers[j]
         results = [x + y, x - y, x * y] + ([x / y] if y else [])
-        if any(can_make(rest + [result], target) for result in results):
+        if any(can_make(tuple(sorted([*rest, result])), target) for result in results):
             return True
     return False
 
@@ -60,7 +62,7 @@ def test_solver_agrees_with_brute_force(target, count):
     """The solver misses a shape of brackets or an order, or lets a division by zero through."""
     agreed = Counter()
     for numbers in some_numbers(count, seed=target):
-        expected = can_make([Fraction(n) for n in numbers], target)
+        expected = can_make(tuple(map(Fraction, numbers)), target)
         assert solvable(numbers, target) == expected, numbers
         assert bool(solutions(numbers, target)) == expected, numbers
         agreed[expected] += 1
@@ -171,8 +173,14 @@ def test_deal_honours_every_condition(rule, face, suits, split):
 
 def test_deal_without_solution_says_so():
     """Dealing for an impossible target never ends."""
+    class FourAces:
+        """A generator that always draws the same."""
+
+        def choice(self, *_, **__):
+            return 0, 13, 26, 39
+
     with pytest.raises(ValueError, match="target"):
-        deal(np.random.default_rng(0), target=99_999)
+        deal(FourAces(), split="all")
 
 
 def test_same_seed_same_hand():
@@ -496,35 +504,45 @@ def test_docstring_examples():
 # ------------------------------------------------------------------------------------------------
 
 
-def run_game(*flags, typed=""):
-    """`python gp_env.py flags`, with `typed` on its standard input."""
-    return subprocess.run([sys.executable, "gp_env.py", *flags], input=typed, cwd=ROOT, text=True,
-                          capture_output=True, timeout=300)
+def run_game(monkeypatch, capsys, *flags, typed=""):
+    """The game with these flags and `typed` on its standard input. Returns what it prints."""
+    monkeypatch.setattr(sys, "argv", ["gp_env.py", *flags])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    gp_env.main()
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out
 
 
-def test_game_can_be_won_and_ends_there():
+def test_game_can_be_won_and_ends_there(monkeypatch, capsys):
     """The terminal game shows one hand and scores another, or goes on after success."""
     hand = GeneralPoints(rule="face", face=True, split="all").reset(3)[1]["hand"]
     formula = solutions(hand.numbers)[0]
-    game = run_game("--rule", "face", "--seed", "3", typed=f"1+1\n{formula}=24\n{formula}=24\n")
-    assert game.returncode == 0 and game.stderr == ""
-    assert prompt(hand) in game.stdout
-    rewards = re.findall(r"\[([-+]\d\.\d)\]", game.stdout)
-    assert rewards == ["-2.0", "+5.0"] and "One solution" not in game.stdout
+    said = run_game(monkeypatch, capsys, "--rule", "face", "--seed", "3",
+                    typed=f"1+1\n{formula}=24\n{formula}=24\n")
+    assert prompt(hand) in said
+    rewards = re.findall(r"\[([-+]\d\.\d)\]", said)
+    assert rewards == ["-2.0", "+5.0"] and "One solution" not in said
 
 
-def test_giving_up_shows_a_solution():
+def test_giving_up_shows_a_solution(monkeypatch, capsys):
     """The end of the input raises EOFError."""
     hand = GeneralPoints(split="all").reset(0)[1]["hand"]
-    game = run_game("--seed", "0")
-    assert game.returncode == 0 and game.stderr == ""
-    assert f"One solution: {solutions(hand.numbers)[0]}" in game.stdout
+    assert f"One solution: {solutions(hand.numbers)[0]}" in run_game(monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--seed", "x"], ["--rule", "jack"], ["--no-such-flag"]], ids=" ".join)
-def test_bad_flags_are_explained(flags):
-    """A mistyped flag ends in a traceback instead of one line that says what is wrong."""
-    game = run_game(*flags)
+@pytest.mark.parametrize("flags", [["--rule", "jack"], ["--no-such-flag"]], ids=" ".join)
+def test_bad_flags_are_explained(flags, monkeypatch, capsys):
+    """A mistyped flag is taken for another, or ends in a traceback."""
+    with pytest.raises(SystemExit) as stopped:
+        run_game(monkeypatch, capsys, *flags)
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == "" and "error: " in said.err
+
+
+def test_bad_flags_of_the_program_are_explained():
+    """A file that does nothing as a program, or needs more than its folder to run."""
+    game = subprocess.run([sys.executable, "gp_env.py", "--seed", "x"], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300)
     assert game.returncode == 2 and game.stdout == ""
     assert "error: " in game.stderr and "Traceback" not in game.stderr

@@ -26,7 +26,7 @@ import virl_env
 from backbones import build as make, gp_corpus
 from test_evaluate import Rigged
 from test_pictures import SIZE, build, pictured, sampled_and_scored, step_on_meta
-from test_sft import assert_one_line, command, rows_of, same, short_run, text_model
+from test_sft import assert_one_line, command, copy_at, rows_of, same, short_run, text_model
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
 
@@ -493,14 +493,10 @@ def test_bf16_run_resumed_is_the_same(tiny, tmp_path, monkeypatch, capsys):
     sft.save_checkpoint(tmp_path / "model", tiny)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gp_env, "GeneralPoints", Rigged)
-    code, error = command(monkeypatch, capsys, rl, *FLAGS, "--out", "whole")
-    assert code == 0, error
     with monkeypatch.context() as patch:
-        collect = rl.collect
-        patch.setattr(rl, "collect", lambda b, a, update: collect(b, a, update) if update == 0
-                      else (_ for _ in ()).throw(KeyboardInterrupt))
-        assert command(patch, capsys, rl, *FLAGS, "--out", "killed")[0] == 130
-    (tmp_path / "killed" / ".lock").unlink()            # this process, which holds it, lives on
+        copy_at(patch, "whole", "killed", rl, "collect", 2)
+        code, error = command(patch, capsys, rl, *FLAGS, "--out", "whole")
+    assert code == 0, error
     code, error = command(monkeypatch, capsys, rl, *FLAGS, "--out", "killed", "--resume")
     assert code == 0, error
     for name in ("metrics.jsonl", "eval.jsonl"):

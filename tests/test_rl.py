@@ -13,8 +13,14 @@ import argparse
 import copy
 import json
 import math
+import os
+import pathlib
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -23,11 +29,11 @@ import evaluate
 import gp_env
 import rl
 import sft
+import test_sft
 from evaluate import Episode, Turn
 from test_evaluate import Rigged, said
-from test_sft import (Killed, assert_one_line, check_loss_mean, check_mask, check_shift, command,
-                      files_of, gradients, kill_at, kill_when, relative_gap, rows_of, same,
-                      shown)
+from test_sft import (assert_one_line, check_loss_mean, check_mask, check_shift, command, copy_at,
+                      files_of, gradients, relative_gap, rows_of, same, shown)
 
 # ------------------------------------------------------------------------------------------------
 # Helpers
@@ -723,8 +729,7 @@ def assert_same_run(one, other):
     (step, path), (step2, path2) = sft.checkpoints(one)[-1], sft.checkpoints(other)[-1]
     assert step == step2 == 3
     assert same(sft.load_state(path), sft.load_state(path2))
-    assert same(sft.load_backbone(path).model.state_dict(),
-                sft.load_backbone(path2).model.state_dict())
+    assert (path / "model.safetensors").read_bytes() == (path2 / "model.safetensors").read_bytes()
 
 
 # One moment for each state of the disk that a kill can find.
@@ -739,37 +744,61 @@ KILLS = {"in the first evaluation": (rl, "evaluate", 1, False),
 
 def test_killed_and_resumed_is_bit_for_bit_the_same(rigged, monkeypatch, capsys):
     """Catches state that a resume forgets: optimizer, critic, counts, seeds, rows of metrics."""
-    train(monkeypatch, capsys, "unbroken")
+    with monkeypatch.context() as patch:
+        for moment, kill in KILLS.items():
+            copy_at(patch, "unbroken", moment, *kill)
+        train(patch, capsys, "unbroken")
     whole = rows_of(rigged / "unbroken" / "metrics.jsonl")
     assert [row["step"] for row in whole] == [1, 2, 3]
     assert 0 < sum(row["success"] for row in whole) < 3     # some games are won and some are not
     measured = rows_of(rigged / "unbroken" / "eval.jsonl")
     assert [(row["step"], row["hands"]) for row in measured] == [(0, 4), (2, 1), (3, 4)]
-    for number, moment in enumerate(KILLS):
-        out = rigged / f"killed{number}"
-        with monkeypatch.context() as patch:
-            kill_at(patch, *KILLS[moment])
-            with pytest.raises(Killed):
-                train(patch, capsys, out)
+    for moment in KILLS:
         # the start may be spelt in another way
-        train(monkeypatch, capsys, out, "--resume", "--init", f"{rigged}/model/")
-        assert_same_run(rigged / "unbroken", out)
-        shutil.rmtree(out)
+        train(monkeypatch, capsys, moment, "--resume", "--init", f"{rigged}/model/")
+        assert_same_run(rigged / "unbroken", rigged / moment)
 
 
-def test_sigkill_and_resume_in_a_process_of_its_own(model, tmp_path, monkeypatch, capsys):
-    """Catches what only a real kill leaves behind: no exception, no clean-up, buffers lost, a run
-    folder that is still taken."""
+TWO_RUNS = """
+import os, sys
+import rl, sft, test_sft
+if os.fork():
+    test_sft.stop_at(rl, "evaluate", 2)
+    sys.exit(sft.guarded(rl.main))
+test_sft.stop_at(sft.Metrics, "write", 2, True)
+test_sft.short_run(sft.load_backbone("model"), "sft")
+"""
+
+
+def test_sigkill_and_resume_in_processes_of_their_own(model, tmp_path, monkeypatch, capsys):
+    """Catches what only a real kill leaves behind, of RL and of SFT: no exception, no clean-up,
+    buffers lost, a run folder that is still taken; and two runs that write into one folder."""
     shutil.copytree(model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    words = ["rl.py", "--model", "model", "--init", "model", "--threads", "1", *map(str, FLAGS),
-             "--out", "killed"]
-    kill_when(f"import sys, sft, rl; sys.argv = {words!r}; sys.exit(sft.guarded(rl.main))",
-              tmp_path / "killed" / "step-000001")
-    assert len(sft.checkpoints("killed")) < 3
+    here = pathlib.Path(__file__).parent
+    flags = ["--model", "model", "--init", "model", *map(str, FLAGS), "--out", "killed"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", TWO_RUNS, *flags, "--threads", "1"], stdout=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"},
+        start_new_session=True)
+    try:
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1]), "RL came to its end"
+        late = time.monotonic() + 60
+        while len(sft.read_lines("sft/metrics.jsonl")) < 2:
+            assert time.monotonic() < late, "SFT does not get on"
+            time.sleep(0.01)
+        assert_one_line(*command(monkeypatch, capsys, rl, *flags, "--resume"), "in use")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)          # nothing in them can catch it
+    assert process.wait() == -signal.SIGKILL
+    for run, steps in (("killed", [1]), ("sft", [2])):
+        assert [step for step, _ in sft.checkpoints(run)] == steps
     train(monkeypatch, capsys, "killed", "--resume")
     train(monkeypatch, capsys, "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    for folder, resume in (("sft", True), ("whole-sft", False)):
+        test_sft.short_run(sft.load_backbone(model), folder, resume=resume)
+    test_sft.assert_same_run(tmp_path / "whole-sft", tmp_path / "sft")
 
 
 def test_finished_run_can_be_resumed_again(rigged, monkeypatch, capsys):

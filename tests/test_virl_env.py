@@ -712,10 +712,14 @@ def test_a_person_learns_from_mistakes(monkeypatch, capsys):
 
 def test_pictures_of_a_walk(monkeypatch, capsys, tmp_path, tiny_folder):
     """--picture writes nothing, or fails on released data (which knows no street plan)."""
+    sizes = []
+    monkeypatch.setattr(virl_env, "look_around", lambda atlas, panorama, heading, size:
+                        sizes.append(size) or look_around(atlas, panorama, heading, (64, 32)))
     run(monkeypatch, capsys, ["--routes", tiny_folder, "--picture", str(tmp_path / "look")], [])
     files = {path.name for path in (tmp_path / "look").iterdir()}
     assert "map.png" in files and "view-01-first-turn.png" in files
     assert Image.open(tmp_path / "look" / "map.png").size == (900, 900)
+    assert set(sizes) == {(1200, 1200)} and len(sizes) == len(files) - 1
 
 
 @pytest.mark.parametrize("flags", [["--rule", "north"], ["--city", "nowhere"]])

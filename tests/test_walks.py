@@ -24,7 +24,7 @@ from backbones import virl_corpus
 from conftest import tiny_backbone, with_eyes
 from test_evaluate import said
 from test_rl import assert_same_run, judged, settings
-from test_sft import Killed, assert_one_line, command, kill_at, rows_of, shown
+from test_sft import assert_one_line, command, copy_at, rows_of, shown
 from test_virl_env import town, write_town
 from verifier import VIRL_REWARDS, WalkVerdict
 
@@ -277,7 +277,7 @@ def test_cells_of_walks_are_what_they_say():
 
 FLAGS = ["--task", "virl-l", "--model", "model", "--routes", "town", "--other-routes", "town",
          "--ood"]
-SHORT = ["--init", "model", "--updates", 3, "--episodes", 4, "--max-new-tokens", 2, "--epochs", 2,
+SHORT = ["--init", "model", "--updates", 3, "--episodes", 4, "--max-new-tokens", 1, "--epochs", 2,
          "--minibatch", 8, "--eval-hands", 1, "--eval-every", 9, "--lr", 1e-3]
 
 
@@ -308,11 +308,9 @@ def test_walks_killed_and_resumed_are_bit_for_bit_the_same(at_work, monkeypatch,
         code, error = command(patch, capsys, rl, *FLAGS, *SHORT, "--out", out, *flags)
         assert code == 0, error
 
-    go(monkeypatch, "whole")
     with monkeypatch.context() as patch:
-        kill_at(patch, rl, "ppo_update", 2)
-        with pytest.raises(Killed):
-            go(patch, "killed")
+        copy_at(patch, "whole", "killed", rl, "ppo_update", 2)
+        go(patch, "whole")
     go(monkeypatch, "killed", "--resume")
     assert_same_run(at_work / "whole", at_work / "killed")
     rows = rows_of(at_work / "whole" / "metrics.jsonl")
@@ -363,16 +361,14 @@ def test_sft_of_walks_killed_and_resumed_is_the_same(at_work, monkeypatch, capsy
     monkeypatch.setattr(Guided, "__init__", lambda env, *args, **how: asked.append(how) or
                         start(env, *args, **how))
     flags = [*FLAGS[:6], "--steps", 2, "--save-every", 1, "--batch", 4, "--out"]
-    code, error = command(monkeypatch, capsys, sft, *flags, "whole")
+    with monkeypatch.context() as patch:
+        copy_at(patch, "whole", "killed", sft, "sft_loss", 3)   # a step, its probe, the second step
+        code, error = command(patch, capsys, sft, *flags, "whole")
     assert code == 0, error
     training = [how for how in asked if how["split"] == "train"][-8:]
     assert all(how.get("rule", "absolute") == "absolute" and how["where"] == "town"
                for how in training)
     assert {how["split"] for how in asked} == {"train", "val"}
-    with monkeypatch.context() as patch:
-        kill_at(patch, sft, "sft_loss", 3)      # a step, its probe, and in the second step
-        with pytest.raises(Killed):
-            command(patch, capsys, sft, *flags, "killed")
     code, error = command(monkeypatch, capsys, sft, *flags, "killed", "--resume")
     assert code == 0, error
     rows = rows_of(at_work / "whole" / "metrics.jsonl")
