@@ -699,10 +699,9 @@ def show_transcripts(episodes, count, beside=None):
 def show_strip(args, models):
     """How models, {step: path}, read the first face card of --strip: a line each, JSON in --out.
 
-    p(11), say, and p(10): the expert's answer is read up to this number, as the prompt states it
-    and as 10. p is the product of the probabilities, at temperature 1, of the tokens in which the
-    two differ. If "11" and "10" are a token each, that is the whole number. If digits are tokens,
-    both share a "1", and p is that of the second digit, given the first. Raises Problem.
+    p(11), say, and p(10): the expert's answer is read up to this number, as stated and as 10; p is
+    the product of the probabilities, at temperature 1, of the tokens in which the two differ. Where
+    digits are tokens both share a "1": p is then the second digit's. Raises Problem.
     """
     cards = tuple(args.strip.upper().replace(",", " ").split())
     hand = gp_env.Hand(cards, (), gp_env.RULES["face"])

@@ -239,8 +239,7 @@ def add_advantages(rows, episodes, gamma, lam):
 def only_right(rows, episodes):
     """Replace "advantages" of every row: 1 for a right answer, 0 for any other.
 
-    What is left of RL without its negatives and its critic: SFT on the policy's own right answers,
-    sampled anew at each update (the "1-0 REINFORCE" of RL's Razor, arXiv 2509.04259).
+    RL without negatives and critic: SFT on its own right answers, sampled anew (arXiv 2509.04259).
     """
     for row in rows:
         right = [float(episodes[e].turns[k].verdict.correct) for e, k in row["tries"]]

@@ -1038,9 +1038,8 @@ def parse_flags(parser, task_defaults, presets, argv=None):
             "--vary-rule": args.task.startswith("gp") or not getattr(args, "vary_rule", False),
             "--drop-pictures": pictured(args.task) or not getattr(args, "drop_pictures", False),
             "--routes": args.task.startswith("virl") or not (args.routes or args.other_routes)}
-    for flag, fine in fits.items():
-        if not fine:
-            raise Problem(f"{flag} is for another task than {args.task}: see --task")
+    for flag in (flag for flag, fine in fits.items() if not fine):
+        raise Problem(f"{flag} is for another task than {args.task}: see --task")
     # now, not when a missing panorama comes by, after hours
     for folder in filter(None, (args.routes, args.other_routes)):
         virl_env.open_atlas(folder, pictured(args.task))
