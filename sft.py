@@ -549,7 +549,7 @@ def open_run(folder, args, kind):
 
 def progress(steps, what):
     """Go through a range, with a bar on a terminal; a log file gets a line a minute in all."""
-    for step in tqdm(steps, what, leave=False, delay=1, disable=None):
+    for step in tqdm(steps, what, leave=False, delay=5, disable=None):
         yield step
         if time.time() - spoken[0] > 60 and not sys.stderr.isatty():
             spoken[0] = time.time()
