@@ -257,7 +257,7 @@ def test_docstring_examples():
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. A second opinion, by another algorithm, on 50,000 answers
+# 2. A second opinion, by another algorithm, on 100,000 answers
 # ------------------------------------------------------------------------------------------------
 
 PLAIN_SIGN = {"×": "*", "·": "*", "∗": "*", "⋅": "*", "÷": "/", "∕": "/", "⁄": "/",
@@ -448,11 +448,11 @@ def test_reference_knows_the_right_formulas():
     assert reference_value("8-3-3+4*(2-6/4)=5") == (4, [8, 3, 3, 4, 2, 6, 4], 5)
 
 
-def test_30000_formulas_get_the_kind_of_the_reference():
+def test_60000_formulas_get_the_kind_of_the_reference():
     """Precedence, left-to-right order, a bracket or a limit is handled wrongly in some corner."""
     chance = random.Random(1)
     kinds = Counter()
-    for _ in range(30_000):
+    for _ in range(60_000):
         cards, numbers, right = chance.choice(RIGHT)
         formula = random_formula(chance, right)
         answer = wrap(chance, formula)
@@ -462,10 +462,10 @@ def test_30000_formulas_get_the_kind_of_the_reference():
         assert verify_gp(answer, cards, numbers).kind == expected, (answer, numbers)
         kinds[expected] += 1
     # the answers were worth the work: no kind is rare
-    assert min(kinds[k] for k in ("correct", "wrong value", "wrong numbers", "illegal")) > 1000
+    assert min(kinds[k] for k in ("correct", "wrong value", "wrong numbers", "illegal")) > 2000
 
 
-def test_20000_hostile_answers_never_raise_and_are_never_paid_for_nothing():
+def test_40000_hostile_answers_never_raise_and_are_never_paid_for_nothing():
     """Some text makes the verifier raise (training dies), or is paid +5 without a right formula.
 
     Or penalties add up, as in the released code, where one answer can cost -8; or a message repeats
@@ -473,7 +473,7 @@ def test_20000_hostile_answers_never_raise_and_are_never_paid_for_nothing():
     """
     chance = random.Random(2)
     paid = 0
-    for _ in range(20_000):
+    for _ in range(40_000):
         cards, numbers, right = chance.choice(RIGHT)
         answer = random_answer(chance, right)
         verdict = verify_gp(answer, cards, numbers)
@@ -688,10 +688,10 @@ def random_walk_answer(chance):
     return start + "".join(chance.choice(parts) for _ in range(chance.randint(0, 12)))
 
 
-def test_20000_hostile_walks_never_raise_and_are_paid_for_one_right_action_only():
+def test_40000_hostile_walks_never_raise_and_are_paid_for_one_right_action_only():
     """Some text makes the verifier raise, costs more than the table, or is paid for a wrong one."""
     chance, paid = random.Random(5), 0
-    for _ in range(20_000):
+    for _ in range(40_000):
         answer = random_walk_answer(chance)
         place = chance.choice([NORTH, ON, STOP, SLIGHT])
         verdict = verify_virl(answer, *place)
