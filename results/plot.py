@@ -71,10 +71,12 @@ class Run:
 def read_runs(folders, task):
     """Find the runs of a task below some folders. Returns a list of Run, sorted by folder.
 
+    A folder probe-... is read only where it is named itself: its runs are of one seed.
     Raises Problem if there are none, or one that cannot be read.
     """
     paths = {path.parent for folder in folders
-             for path in pathlib.Path(folder).rglob("eval.jsonl")}
+             for path in pathlib.Path(folder).rglob("eval.jsonl")
+             if not path.parent.name.startswith("probe-") or path.parent == pathlib.Path(folder)}
     runs = []
     for folder in sorted(paths):
         try:

@@ -373,6 +373,16 @@ def test_metrics_of_two_runs_are_drawn(tmp_path, monkeypatch, capsys):
     assert_one_line(*command(monkeypatch, capsys, plot, *flags, "wealth"), "a", "wealth")
 
 
+def test_a_probe_is_read_only_where_it_is_named(tmp_path):
+    """A run of one seed gives the arms of the main figure longer names, or a line of their own."""
+    for name in ("rl-s0", "probe-rl-s0"):
+        write_run(tmp_path / name, "rl", 0, {0: 0.1, 20: 0.2})
+    found = plot.read_runs([tmp_path], "gp-l")
+    assert [run.folder.name for run in found] == ["rl-s0"]
+    found = plot.read_runs([tmp_path / "probe-rl-s0"], "gp-l")
+    assert [run.folder.name for run in found] == ["probe-rl-s0"]
+
+
 def shifted_run(folder, kind, seed, rates, lacking=(), count=200, **flags):
     """A run whose last row has the five cells of the two shifts; intervals are 0.1 to each side."""
     write_run(folder, kind, seed, {10: 0.5, 20: 0.5}, **flags)
