@@ -213,7 +213,7 @@ def sample_answers(reader, playing, temperature, max_new_tokens, generator):
     ends = torch.tensor(reader.backbone.end_ids, device=device)
     going = torch.ones(len(playing), dtype=torch.bool, device=device)   # rows still speaking
     said, scores, spoke = [], [], []                                    # a column (B,) a token
-    for _ in sft.progress(range(max_new_tokens), "token"):
+    for _ in sft.progress(range(max_new_tokens), "sampling token"):
         token, logprob = draw(logits, temperature, generator)
         said.append(token)
         scores.append(logprob)
@@ -589,7 +589,7 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
 def play_cell(backbone, games, temperature, max_new_tokens, batch, blindfold):
     """Play the (environments, seeds) of a cell; the draws of every checkpoint begin alike."""
     episodes, (envs, seeds) = [], games
-    for start in sft.progress(range(0, len(envs), batch), "episode"):
+    for start in sft.progress(range(0, len(envs), batch), "playing episode"):
         generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED + start)
         episodes += play(backbone, envs[start:start + batch], seeds[start:start + batch],
                          temperature, max_new_tokens, generator, blindfold)

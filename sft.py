@@ -155,7 +155,7 @@ def batch(backbone, rows):
 def by_length(rows, size):
     """Cut rows into micro-batches of `size`, neighbours of like length together: little padding."""
     rows = sorted(rows, key=lambda row: len(row["ids"]))
-    for i in progress(range(0, len(rows), size), "conversation"):
+    for i in progress(range(0, len(rows), size), "reading conversation"):
         yield rows[i:i + size]
 
 

@@ -115,7 +115,7 @@ def test_a_batch_that_takes_minutes_is_heard_of(tiny, monkeypatch, capsys):
     monkeypatch.setattr(sft, "time", SimpleNamespace(time=lambda: next(clock)))
     monkeypatch.setattr(sft, "spoken", [0])
     play(tiny, (1,), temperature=0, longest=3)
-    assert capsys.readouterr().err == "token 1 of 3\ntoken 2 of 3\n"
+    assert capsys.readouterr().err == "sampling token 1 of 3\nsampling token 2 of 3\n"
 
 
 def test_batch_changes_no_greedy_token(tiny):
