@@ -314,8 +314,10 @@ def test_unfinished_runs_are_drawn_or_named(tmp_path, monkeypatch, capsys, case)
 def test_figure_is_drawn(tmp_path, monkeypatch, capsys):
     """Catches an empty or cut figure, a curve left out, and files left behind."""
     for seed in (0, 1):
-        write_run(tmp_path / f"rl{seed}", "rl", seed, {0: 0.1, 10: 0.5 + seed / 10, 20: 0.8})
-        write_run(tmp_path / f"sft{seed}", "sft", seed, {10: 0.4, 20: 0.2})
+        write_run(tmp_path / f"rl{seed}", "rl", seed, {0: 0.1, 10: 0.5 + seed / 10, 20: 0.8},
+                  more={"first_try": 0.1 + seed / 10})
+        write_run(tmp_path / f"sft{seed}", "sft", seed, {10: 0.4, 20: 0.2},
+                  more={"first_try": 0.4 + seed / 10})
     out = tmp_path / "drawn" / "figure.png"
     out.parent.mkdir()
     code, error = command(monkeypatch, capsys, plot, tmp_path, "--out", out)
@@ -338,7 +340,7 @@ def test_figure_is_drawn(tmp_path, monkeypatch, capsys):
 def test_the_kept_runs_are_drawn(tmp_path, monkeypatch, capsys, task):
     """Catches a format of eval.jsonl that can no longer be read."""
     arms = plot.choose(arms_in(plot.HERE, task))
-    assert {"SFT", "RL"} <= {arm.label[:3].strip() for arm in arms}
+    assert {"SFT", "RL"} <= {arm.label.split(",")[0].split(" ")[0] for arm in arms}
     drawn = []
     monkeypatch.setattr(plot, "draw_panels", lambda panels, *_: drawn.extend(panels))
     code, error = command(monkeypatch, capsys, plot, "--task", task, "--out", tmp_path / "a.png")

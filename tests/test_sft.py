@@ -505,7 +505,7 @@ def test_a_log_file_hears_of_the_work_once_a_minute(monkeypatch, capsys):
     for _ in sft.progress(range(2, 4), "SFT step"):
         now[0] += 61
     assert capsys.readouterr().err.splitlines() == [
-        "conversation 2 of 3", "conversation 3 of 3",       # after 75 and 150 s
+        "reading conversation 2 of 3", "reading conversation 3 of 3",       # after 75 and 150 s
         "SFT step 3 of 4", "SFT step 4 of 4"]
 
 
