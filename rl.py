@@ -237,13 +237,14 @@ def add_advantages(rows, episodes, gamma, lam):
 
 
 def only_right(rows, episodes):
-    """Replace "advantages" of every row: 1 for a right answer, 0 for any other.
+    """Make "advantages" 1 for a right answer, 0 for any other. Returns whether any is right.
 
     RL without negatives and critic: SFT on its own right answers, sampled anew (arXiv 2509.04259).
     """
     for row in rows:
         right = [float(episodes[e].turns[k].verdict.correct) for e, k in row["tries"]]
         row["advantages"] = torch.tensor(right, device=row["values"].device)
+    return any(row["advantages"].any() for row in rows)
 
 
 # -------- 4. Update
@@ -393,7 +394,7 @@ def run(args):
         score_all(policy.backbone, policy.head, rows, args.temperature, args.micro_batch)   # 2
         can_learn = add_advantages(rows, episodes, args.gamma, args.lam)                    # 3
         if args.advantage == "right":
-            only_right(rows, episodes)
+            can_learn = only_right(rows, episodes)
         if update == policy.first:
             tqdm.write(self_check(rows, episodes, policy.backbone, args.split, args.temperature))
         numbers = ppo_update(policy.backbone, policy.head, policy.optimizer, rows, args,    # 4
@@ -569,8 +570,7 @@ def inspect(args):
     answer = iter(row["logprobs"].tolist())
     for i, (token, m) in enumerate(zip(row["ids"], row["mask"])):
         line = f"{i:3d}  {repr(backbone.tokenizer.decode([token]))[:25]:25s} {m:3d}"
-        line += f"  {next(answer):7.3f}" if m else "  V is read here" * (i in row["value_at"])
-        print(line)
+        print(line + (f"  {next(answer):7.3f}" if m else "  V is read" * (i in row["value_at"])))
     e = row["tries"][0][0]
     values, returns, normal = (torch.cat([r[key] for r in rows if r["tries"][0][0] == e]).cpu()
                                for key in ("values", "returns", "advantages"))

@@ -327,7 +327,8 @@ def test_advantages_find_their_try_in_any_order(tiny):
 def test_only_right_answers_count_with_advantage_right(tiny):
     """Wrong answers are pushed away after all, or an answer gets another try's advantage."""
     _, rows, episodes = fresh_batch(tiny, settings(), forget=True)
-    rl.only_right(rows[::-1], episodes)
+    assert rl.only_right(rows[::-1], episodes)
+    assert not rl.only_right([], episodes)
     found = {t: a.item() for row in rows for t, a in zip(row["tries"], row["advantages"])}
     assert found == {(e, k): float(turn.verdict.correct)
                      for e, episode in enumerate(episodes) for k, turn in enumerate(episode.turns)}
@@ -936,7 +937,7 @@ def test_inspect_shows_what_gae_makes_of_each_try(rigged, monkeypatch, capsys):
     tries = tries_of(printed)
     assert len(tries) > 2 and [row[0] for row in tries] == list(range(len(tries)))
     said, = (e for e in episodes if [t.reward for t in e.turns] == [row[1] for row in tries])
-    assert table_of(printed)[len(said.turns[0].prompt_ids) - 1].endswith("V is read here")
+    assert table_of(printed)[len(said.turns[0].prompt_ids) - 1].endswith("V is read")
     following = tries[1:] + [[0.0] * 7]
     for (_, reward, value, delta, advantage, target, _), after in zip(tries, following):
         assert delta == pytest.approx(reward + gamma * after[2] - value, abs=0.02)
