@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # no test asks the network for a model
+os.environ["OMP_NUM_THREADS"] = "1"     # before torch is loaded: two workers, a core each
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The bare `python -m pytest` shares all tests between two processes (pytest-xdist).
+
+    Models of this size cannot keep two threads busy, so two workers with a thread each take half
+    the time. A call that names a file or a flag runs in one process, where --pdb and -s work.
+    """
+    if not config.invocation_params.args and not hasattr(config, "workerinput"):
+        config.option.numprocesses = 2
+        config.option.dist = "worksteal"
 
 
 @pytest.fixture
