@@ -86,7 +86,7 @@ SPLIT_NAMES = {"train": "seen", "test": "held-out", "val": "validation", "all": 
 
 def cell_environments(cell, split, count, task="gp-l", shown=None, fresh=False, tries=None,
                       where=(TRAINING_CITY, OTHER_CITIES)):
-    """Environments and seeds of one cell. The hands depend on (cell, split, count) alone.
+    """Environments and seeds of one cell. The hands depend on task, cell, split, place alone.
 
     shown: how pictures are shown (sft.picture_options), None: as the small backbone sees. fresh: no
     try knows of the others. tries: answers a hand or a position, None for the paper's 5 and 2.
@@ -410,7 +410,7 @@ def read_recorded(reader, ids, counts):
 def wilson(hits, count, z=1.96):
     """95 % confidence interval of a rate, both ends in 0..1 (Wilson 1927).
 
-    Unlike p +- z*sqrt(p(1-p)/n), the paper's error bar, it stays inside 0..1 and is honest at 0 %.
+    Unlike p +- z*sqrt(p(1-p)/n), the paper's error bar, it stays inside 0..1. Of no data: (0, 1).
 
     >>> [round(x, 3) for x in wilson(27, 234)]      # the paper's GP-L start, 11.5 %
     [0.081, 0.163]
@@ -424,7 +424,7 @@ def wilson(hits, count, z=1.96):
 
 
 def gain(hits, count, hits_before, count_before, z=1.96):
-    """Difference of two rates with its 95 % interval (Newcombe 1998, from two Wilson intervals)."""
+    """(difference, low, high) of two rates, 95 % (Newcombe 1998, from two Wilson intervals)."""
     p, q = hits / max(1, count), hits_before / max(1, count_before)
     (low_p, high_p), (low_q, high_q) = wilson(hits, count, z), wilson(hits_before, count_before, z)
     return (p - q, p - q - math.hypot(p - low_p, high_q - q),
@@ -568,7 +568,7 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
     The second time tries know nothing of each other: "fresh", "fresh_interval" and "message" =
     success - fresh. batch: episodes played together. It changes the draws: compare models at the
     same one. how: see `cell_environments`.
-    Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes, ...}).
+    Returns ({"held-out/id": measures, ...}, {"held-out/id": episodes in conversation, ...}).
     """
     judge = measure_walks if task.startswith("virl") else measure
     settings = temperature, max_new_tokens, batch, blindfold
@@ -581,7 +581,7 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
         results[name] = found | {
             "fresh": alone["success"], "fresh_interval": alone["interval"],
             "message": found["success"] - alone["success"],
-            # the first answers of both plays are alike
+            # cards: the same draws in both plays; walks: later positions differ
             "first_try": (found["first_try"] + alone["first_try"]) / 2}
     return results, kept
 

@@ -183,10 +183,10 @@ def write(numbers, signs, shape):
 
 @functools.lru_cache(maxsize=4)
 def _solution_table(target):
-    """{sorted numbers: [(order, triple, shape), ...]} of all hands of 1..13."""
+    """{sorted numbers: [(its place in ORDERS, in TRIPLES, shape), ...]} of all hands of 1..13."""
     hands = list(itertools.combinations_with_replacement(range(1, 14), 4))   # 1,820
     found = {hand: [] for hand in hands}
-    one, signs = np.ones((1, 1, 1, 1), dtype=np.int64), np.ogrid[:4, :4, :4]     # an axis a sign
+    one, signs = np.ones((1, 1, 1, 1), dtype=np.int64), np.ogrid[:4, :4, :4]     # one axis a sign
     for which, order in enumerate(ORDERS):
         numbers = [(np.array(hands)[:, i].reshape(-1, 1, 1, 1), one) for i in order]
         for shape in range(SHAPES):
@@ -232,11 +232,6 @@ def answer(hand, numbers, formula):
     """An answer with the paper's three fields. numbers: what it claims that the cards count."""
     return ANSWER.format(cards='", "'.join(hand.cards), numbers=", ".join(map(str, numbers)),
                          formula=formula, target=hand.target)
-
-
-def expert_answer(hand, formula):
-    """What SFT teaches for a hand and one of its solutions."""
-    return answer(hand, hand.numbers, formula)
 
 
 class GeneralPoints:
@@ -299,7 +294,7 @@ class GeneralPoints:
 
 
 def misread_one(rng, hand):
-    """One card taken for another, a face card by another rule, say: (its place, a number)."""
+    """A card and what it is taken for, by chance itself at times: (its place, a number)."""
     at = int(rng.integers(4))
     low, high = (10, 14) if hand.cards[at] in "JQK" else (1, 11)
     return at, int(rng.integers(low, high))
@@ -354,7 +349,9 @@ def expert_conversation(rng, picture=None, revise=0.0, **how):
         turns[0]["image"] = draw_hand(hand, int(rng.integers(2**31)), picture)
     if revise and rng.random() < revise:
         turns += _wrong_tries(rng, hand, bool(picture))
-    return turns + [{"role": "assistant", "content": expert_answer(hand, formula), "learn": True}]
+    turns.append({"role": "assistant", "content": answer(hand, hand.numbers, formula),
+                  "learn": True})
+    return turns
 
 
 # -------- 5. Pictures (GP-VL)

@@ -2,7 +2,7 @@
 
 Paper: arXiv 2501.17161, sections 3 and 5, appendix C. The model plays whole episodes (answer,
 verifier message, answer, ...): a hand of up to five tries, or a walk of up to two tries at each of
-about 15 positions. One TRY is one time step: one answer, one reward, one value, one advantage. An
+about 16 positions. One TRY is one time step: one answer, one reward, one value, one advantage. An
 ACTION, for the ratio, is one token of the answer (the default) or the whole answer (the paper's).
 
   1. collect: play B episodes with the current policy (evaluate.play)
@@ -16,8 +16,8 @@ ACTION, for the ratio, is one token of the answer (the default) or the whole ans
 
 Symbols and shapes (N is another thing in README eq. 6, parameters):
   B episodes   K tries of an episode   N answer tokens   T tokens   H hidden size
-  r reward of a try    V value before it    A advantage    R = A + V return (target of V)
-  ratio = pi_new(action) / pi_old(action)
+  V value: the rewards that a critic expects from here on    A advantage: how much better it went
+  r reward of a try    R = A + V return (target of V)    ratio = pi_new(action) / pi_old(action)
 
     python rl.py --task gp-l --ood             the main job: 10 minutes on two slow cores
     python rl.py --task gp-l --inspect         one episode, token by token
@@ -59,7 +59,7 @@ def seeded(*numbers):
 def collect(backbone, args, update):
     """Play args.episodes training episodes with the current policy. Returns a list of Episode.
 
-    Hands and samples are a function of (seed, update): a resumed run plays the same games.
+    Hands and random draws are a function of (seed, update): a resumed run plays the same games.
     """
     envs = [new_game(args.task, split=args.split, tries=args.tries, **sft.game_options(args))
             for _ in range(args.episodes)]
@@ -140,9 +140,9 @@ def score(backbone, head, rows, temperature, value_trunk=False):
     logprobs, entropy = token_logprobs(backbone, hidden, ids, mask, temperature)
     # A causal model's hidden state at position t knows tokens 0..t and nothing later. So the states
     # before ALL answers of an episode lie in this one pass, and V of try k cannot peek at answer k.
-    at = [(i, end) for i, r in enumerate(rows) for end in r["value_at"]]
-    row, end = torch.tensor(at, device=backbone.device).T
-    state = hidden[row, end].float()                                         # (tries, H)
+    at = [(i, before) for i, r in enumerate(rows) for before in r["value_at"]]
+    row, before = torch.tensor(at, device=backbone.device).T
+    state = hidden[row, before].float()                                      # (tries, H)
     return logprobs, entropy, head(state if value_trunk else state.detach())
 
 
@@ -200,7 +200,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
 
 
 def normalised(advantages):
-    """Advantages (n,) of a whole batch -> the same with mean 0 and standard deviation 1.
+    """Advantages (n,) of a whole batch -> mean 0, standard deviation 1 (n below it, not n - 1).
 
     Not of each minibatch (PPO's usual way, Huang et al. 2022, detail 7): the sign of an advantage
     would depend on which other episodes it happened to be shuffled with.
@@ -211,8 +211,8 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns False, and advantages of 0, where all episodes were paid alike: nothing tells a good
-    answer from a bad one, and normalising would make the critic's rounding look like a lesson.
+    Returns False, and advantages of 0, where several episodes were all paid alike: nothing tells a
+    good answer from a bad one, and normalising would make the critic's rounding look like a lesson.
     """
     # An episode may lie in several rows. What follows the last try at a position is V of the next
     # position, read in ANOTHER row: forgetting the words ends a conversation, not the episode.
@@ -239,7 +239,7 @@ def add_advantages(rows, episodes, gamma, lam):
 def only_right(rows, episodes):
     """Make "advantages" 1 for a right answer, 0 for any other. Returns whether any is right.
 
-    RL without negatives and critic: SFT on its own right answers, sampled anew (arXiv 2509.04259).
+    RL without negatives, the critic unused: SFT on its own right answers (arXiv 2509.04259).
     """
     for row in rows:
         right = [float(episodes[e].turns[k].verdict.correct) for e, k in row["tries"]]
@@ -298,7 +298,7 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
     """Loss of one micro-batch, as its share of a minibatch with `tokens` tokens and `tries` tries.
 
     Dividing by the totals of the MINIBATCH makes --micro-batch a dial for memory alone.
-    Returns (loss, statistics as sums).
+    Returns (loss, statistics): its share of the minibatch's, all of which add up.
     """
     logprobs, entropy, values = score(backbone, head, part, args.temperature, args.value_trunk)
     old, advantages, returns, old_values = (torch.cat([r[key] for r in part]) for key in (
@@ -317,7 +317,7 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
         actions = tries
         policy, log_ratio = policy_loss(per_answer(logprobs, counts), per_answer(old, counts),
                                         advantages, args.clip)
-    policy = policy / actions       # a mean over actions, like the terms below but the critic's
+    policy = policy / actions       # a mean over actions; the critic's is one over tries
     critic = value_loss(values, old_values, returns, args.value_clip) / tries
     # Minimised: the surrogate enters with a minus already, the entropy bonus is subtracted.
     loss = policy + VALUE_COEF * critic - args.entropy_coef * entropy.sum() / actions
@@ -466,7 +466,7 @@ class Policy:
         show(results)
 
     def save(self, step):
-        """Write a checkpoint; the newest is enough to go on from, one more should it break."""
+        """Write a checkpoint and keep two: the newest, and one more should it be damaged."""
         save_checkpoint(self.folder / f"step-{step:06d}", self.backbone, {
             "optimizer": self.optimizer.state_dict(), "head": self.head.state_dict(),
             "counts": self.counts, "tokens": self.counts["init"] + self.counts["trained"]})
@@ -510,7 +510,7 @@ def one_line(row, can_learn):
     line = (f"update {row['step']:3d}  success {row['success']:6.1%}  per step "
             f"{row['per_step']:6.1%}  reward {row['reward']:6.2f}")
     if not can_learn:
-        return line + "  all episodes were paid alike, nothing to learn from: no step"
+        line += "  nothing to learn from: the critic alone moves"
     explained = math.nan if row["explained_variance"] is None else row["explained_variance"]
     line += (f"  kl {row['approx_kl']:.4f}  clip {row['clipfrac']:5.1%}  ev {explained:5.2f}  "
              f"{row['seconds_collect']:.0f}+{row['seconds_update']:.0f} s")
@@ -528,10 +528,10 @@ def complaints(rows, episodes, backbone, split, temperature=0.6):
         return [f"{len(sampled)} tokens were sampled, {len(scored)} masked: the loss mask is off"]
     found, gaps = [], (sampled - scored).abs()
     # bf16 rounds differently in batches of other shapes, and a low temperature magnifies that: a
-    # few tokens may differ much, all of them on average only if something is wrong.
+    # few tokens may differ much, but not their mean. Float32: 1.7e-4 once in 30,000 (ten tries).
     gap, limit = gaps.mean(), 0.05 / temperature
     if backbone.device.type == "cpu" and backbone.model.dtype == torch.float32:
-        gap, limit = gaps.max(), 1e-4 / min(1, temperature)
+        gap, limit = gaps.max(), 1e-3 / min(1, temperature)
     if not gap < limit:
         found.append(f"sampler and update disagree on log p by {gap:.2g}: wrong temperature, "
                      "positions, padding side or shift")

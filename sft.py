@@ -18,7 +18,7 @@ file is left running.
 Shapes: B conversations in a batch, T tokens of the longest, N answer tokens in the whole batch,
 H hidden size, V vocabulary.
 
-    python sft.py --task gp-l --ood --lr 1e-4 --steps 630      at RL's rate; --lr 1e-3 forgets
+    python sft.py --ood --model START --lr 1e-4 --steps 570    RL's rival: RL's start, RL's rate
     python sft.py --preset paper                               Llama-3.2-11B-Vision, 141 GB
 
 On a first reading parts 1 to 4 are enough. Read before: gp_env.py. Read next: evaluate.py.
@@ -40,8 +40,11 @@ import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-# Before torch loads: spinning threads are a seventh faster alone, 4 times slower beside one program
+# Before torch loads. Threads that spin while they wait: 1/7 faster alone, 4 times slower beside
+# another program.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if pathlib.Path(sys.argv[0]).name in ("sft.py", "evaluate.py", "rl.py"):
+    print("loading torch", flush=True)          # takes seconds: a first sign of life
 
 import numpy as np
 import torch
@@ -207,8 +210,8 @@ def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
     wanted = mask[:, 1:].bool()         # wanted[:, t]: token t + 1 is scored, by hidden[:, t]
     with precision(backbone):
         logits = backbone.model.get_output_embeddings()(hidden[:, :-1][wanted])     # (N, V)
-    # float32 before the softmax: a log p in bf16 is rounded to 1/32 or worse, and that alone moves
-    # a PPO ratio by 3 %. (The logits themselves are bf16 where the weights are, or autocast is.)
+    # float32 before the softmax: bf16 knows a log p of -5 only in steps of 1/32, and that moves a
+    # PPO ratio by 3 %. (The logits themselves are bf16 where the weights are, or autocast is.)
     logits = logits.float() / temperature
     if backbone.banned:
         logits[:, backbone.banned] = -torch.inf
@@ -327,7 +330,7 @@ def train(backbone, draw, folder, stop, rate, save_at, micro_batch=64, resume=Fa
 def run_sft(args, folder, stop, backbone):
     """Fine-tune on expert answers under the training rule. Returns the last checkpoint.
 
-    The START of RL (an early `stop`) is to the last bit a point of the run with these flags.
+    An early `stop` leaves the schedule as it is: RL's START is a checkpoint of the full run.
     """
     freeze(backbone.model, args.freeze)
     options, name = game_options(args), args.task.split("-")[0]
@@ -336,7 +339,7 @@ def run_sft(args, folder, stop, backbone):
 
     def draw(step):
         """The batch of a step: expert conversations of the training split."""
-        rng = np.random.default_rng([2, args.seed, step])
+        rng = np.random.default_rng([2, args.seed, step])   # 2, 3, RL's 1: streams kept apart
         made = [expert(rng, split=args.split, revise=args.revise, **options | ruled)
                 for _ in range(args.batch)]
         for first, *_ in made if args.drop_pictures else ():
@@ -355,14 +358,14 @@ def run_sft(args, folder, stop, backbone):
     def probe(backbone):
         """How surprised is the model by right answers it was not trained on?
 
-        Under the new rule this climbs while the training loss falls: memorisation, seen without
-        playing a single game.
+        Where it climbs faster under the new rule than under the old, the old one is learnt by
+        heart: memorisation, seen without playing a single game.
         """
         return {f"{cell}_nll": sft_loss(backbone, rows, args.micro_batch, backward=False)[0]
                 for cell, rows in asked.items()}
 
     warmup = max(1, int((0.03 if args.preset else 0.01) * args.steps))
-    # few at first: the rise and the peak of OOD come early
+    # close together at first: the rise and the peak of OOD come early
     save_at = {start_step(args), 20, 40, 80, 150, *range(0, args.steps, args.save_every)}
     return train(backbone, draw, folder, stop, lambda step: learning_rate(
         step, args.steps, args.lr, warmup), save_at, args.micro_batch, args.resume, probe,
@@ -371,7 +374,7 @@ def run_sft(args, folder, stop, backbone):
 
 def start_step(args):
     """The step of SFT that RL starts from; with --preset the paper's."""
-    # the backbone of walks lacks the format alone: after 40 steps little would be left to gain
+    # walks' backbone lacks only the format: after 40 steps little would be left to gain
     starts = {"gp": 400, "virl": 25} if args.preset else {"gp": 60, "virl": 12}
     return starts[args.task.split("-")[0]]
 
@@ -548,7 +551,7 @@ def open_run(folder, args, kind):
 
 
 def progress(steps, what):
-    """Go through a range, with a bar on a terminal; a log file gets a line a minute in all."""
+    """Go through a range, with a bar on a terminal; a log file at most a line a minute from all."""
     for step in tqdm(steps, what, leave=False, delay=5, disable=None):
         yield step
         if time.time() - spoken[0] > 60 and not sys.stderr.isatty():
@@ -1067,12 +1070,13 @@ def open_backbone(args, name=None):
 def content_digest(args):
     """Eight hex digits of all that decides a run: its flags, the model's files, this code."""
     files = [HERE / f"{name}.py" for name in ("verifier", "gp_env", "virl_env", "sft")]
-    files += [HERE / "cities" / "generate.py", *sorted(pathlib.Path(args.model).glob("*.*"))]
-    files += sorted(pathlib.Path(args.routes).glob("*.*")) if args.routes else []
+    for folder in filter(None, (HERE / "cities", args.model, args.routes)):
+        files += sorted(pathlib.Path(folder).glob("*.*"))
     settings = {k: str(v) for k, v in vars(args).items() if k not in (*FREE, "ood", "model")}
     seen = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in files:
         seen.update(file.read_bytes())
+    seen.update(b"" if os.path.isdir(args.model) else args.model.encode())      # a hub name
     return seen.hexdigest()[:8]         # 32 bits: enough for the starts of one folder
 
 

@@ -8,10 +8,10 @@ Paper: arXiv 2501.17161, section 3; the reward tables are those of appendices A.
   3. the verdict on it, with an English clause on what was wrong, which the model is told
   4. a walk: the action, and what the answer CLAIMS to see, which decides what a wrong action costs
 
-An answer is HOSTILE INPUT: the policy is paid for whatever this file believes. So the formula is
-parsed and never handed to Python's eval; arithmetic is exact (8/(3-8/3) is 24, not 23.999...);
-lengths and depths are limited; and whatever an answer holds, verify_gp and verify_virl raise
-nothing. Give them special tokens and all: without them `1<|im_start|>0` would read as 10.
+An answer is HOSTILE INPUT: the policy (the model that plays) is paid for whatever this file
+believes. So the formula is parsed and never handed to Python's eval; arithmetic is exact (8/(3-8/3)
+is 24, not 23.999...); lengths and depths are limited; whatever an answer holds, verify_gp and
+verify_virl raise nothing. Keep its special tokens: without them `1<|im_start|>0` would read as 10.
 
     >>> verify_gp('{"cards": ["8","3","8","3"], "number": [8,3,8,3], "formula": "8/(3-8/3)=24"}',
     ...           ["8", "3", "8", "3"], [8, 3, 8, 3]).kind
@@ -28,7 +28,7 @@ from fractions import Fraction
 
 MAX_ANSWER = 2000   # characters of a whole answer that are looked at
 MAX_FORMULA = 200   # characters of a formula; the longest honest one has about 25
-MAX_DEPTH = 20      # nested brackets; four numbers never need more than 3
+MAX_DEPTH = 20      # nested brackets; four numbers never need more than 2
 MAX_DIGITS = 4      # digits of one number
 
 # -------- 1. The fields of an answer
@@ -55,7 +55,7 @@ def _read_fields(text, names, needed, cut):
 
 
 def _cut_cards(name, piece):
-    """The words of a list; or a formula, up to the end of its quotes, line or object."""
+    """The words of a list; or a formula, up to a comma or the end of its quotes, line, object."""
     if name != "formula":
         return re.findall("[A-Za-z0-9]+", piece.split("]", 1)[0])
     piece = piece.lstrip()
@@ -217,7 +217,7 @@ def parse_formula(text):
 # here, as in the paper's text, an answer has ONE kind, and the last two are added to its reward.
 GP_REWARDS = {
     "correct": 5.0,         # a legal equation that equals the target: the episode ends
-    "wrong value": -1.0,    # legal, each card once, but another value
+    "wrong value": -1.0,    # legal, each card once, but another value or right side
     "wrong numbers": -2.0,  # legal, but not on exactly the hand's numbers: J was taken for 10
     "illegal": -3.0,        # not an equation at all
     "out of tries": -1.0,   # added to the last failed try of an episode
@@ -244,10 +244,10 @@ class Verdict:
 
     kind: str                   # a key of GP_REWARDS
     reward: float               # without "out of tries"
-    message: str                # one clause
+    message: str                # one clause or more
     value: Fraction | None      # of the formula; None if illegal
     cards_right: bool           # `cards` is the hand, in any order
-    numbers_right: bool         # `number` is what the hand counts under the stated rule
+    numbers_right: bool         # `number` is what the hand counts under the rule that scores
 
     @property
     def correct(self):
@@ -298,7 +298,7 @@ def verify_gp(text, cards, numbers, target=24, picture=False):
     """Judge one answer to a GeneralPoints hand (paper appendix A.3).
 
     text: the whole answer. cards: four card names, e.g. ["2", "3", "J", "5"]. numbers: what they
-    count under the stated rule, e.g. [2, 3, 11, 5]. picture: the cards had to be read off a
+    count under the rule that scores, e.g. [2, 3, 11, 5]. picture: the cards had to be read off a
     picture, so misreading them costs a further -1.5. Returns a Verdict and raises nothing.
     """
     fields = read_answer(text[:MAX_ANSWER])
@@ -326,7 +326,7 @@ _OPENING = re.compile(r"^(?:(?:you see|there is|there are|the|destination|a|an)(
 def read_action(text, words):
     """The action that a text names, as the action space writes it, or None.
 
-    words: the legal direction words. Only capitals, quotes, spaces, hyphens and () are forgiven.
+    words: the legal ones. Forgiven: capitals, quotes, spaces, - and _; forward, stop without ().
 
     >>> read_action("Turn_Direction('north-west')", ["north", "northwest"])
     'turn_direction(northwest)'

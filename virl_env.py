@@ -48,7 +48,7 @@ from cities.released import NOTHING, Atlas, RouteProblem, folder_files
 from verifier import VIRL_REWARDS, verify_virl
 
 TRIES = 2               # answers at one position (the paper's verify_iter)
-DROP = 0.5              # points along the way that are left out, anew at each reset
+DROP = 0.5              # share of the points along the way left out, anew at each reset
 
 # -------- 1. The words of the prompt
 
@@ -113,7 +113,7 @@ def lay_rail(route, heading, rng, drop=DROP):
         kept = rng.random(len(route.between[leg])) >= drop
         rail += [Position("forward", panorama, faces, NOTHING, 2 * leg + 1, leg)
                  for panorama, keep in zip(route.between[leg], kept) if keep]
-        # As in the released code the intersection is announced at every point, the last included.
+        # As in the released code the intersection is announced at every point but the start.
         seen = route.landmarks[leg + 1] + CROSSING
         if leg + 1 < len(route.headings):
             kind, step = "later turn", 2 * leg + 2
@@ -132,31 +132,30 @@ def bend(heading, target):
     return (target - heading + 180) % 360 - 180
 
 
-def relative_word(heading, target, paper_bearings=False):
+def relative_word(heading, target):
     """How to turn from one heading to another, in words of the relative rule.
 
-    paper_bearings: as in the released code, which does not wrap at 360 degrees and so names a wrong
-    side for a quarter of all pairs of headings.
+    The released code does not wrap at 360 degrees: a wrong side for a quarter of all headings.
 
-    >>> relative_word(350, 10), relative_word(350, 10, paper_bearings=True)
-    ('slightly right', 'left')
+    >>> relative_word(350, 10)
+    'slightly right'
     """
-    degrees = target - heading if paper_bearings else bend(heading, target)
+    degrees = bend(heading, target)
     side = "right" if degrees > 0 else "left"
     return side if abs(degrees) > 45 else "slightly " + side
 
 
-def turn_words(route, heading, leg, paper_bearings=False):
+def turn_words(route, heading, leg):
     """{vocabulary: word} of the turn into a leg, for a walker facing `heading`."""
     return {"compass": route.words[leg],
-            "relative": relative_word(heading, route.headings[leg], paper_bearings)}
+            "relative": relative_word(heading, route.headings[leg])}
 
 
-def write_steps(route, heading, paper_bearings=False):
+def write_steps(route, heading):
     """The 2 N written steps of a route, each with its line end, for a walker facing `heading`."""
     steps = []
     for leg, target in enumerate(route.headings):
-        words = turn_words(route, heading, leg, paper_bearings)
+        words = turn_words(route, heading, leg)
         go = ON if leg + 1 < len(route.headings) else ARRIVE
         steps.append(TURN.format(n=2 * leg + 1, **words))
         steps.append(go.format(n=2 * leg + 2, landmarks=route.landmarks[leg + 1]))
@@ -185,13 +184,13 @@ def write_prompt(steps, space, past, position, picture, announce=True):
                          walk="".join(walk), ask=ASK)
 
 
-def right_action(route, position, vocabulary, paper_bearings=False):
+def right_action(route, position, vocabulary):
     """The expert's action. vocabulary: a key of VOCABULARIES."""
     if position.kind == "forward":
         return "forward()"
     if position.kind == "stop":
         return "stop()"
-    words = turn_words(route, position.heading, position.leg, paper_bearings)
+    words = turn_words(route, position.heading, position.leg)
     return f"turn_direction({words[vocabulary]})"
 
 
@@ -224,19 +223,17 @@ class Navigation:
     RULES. split: "train", "val", "test" or "all". picture: (width, height) of the 2 x 2 picture, or
     None for text. announce: see write_prompt; without it fewer walks can be made with closed eyes.
     go_on: after the last failed try at a position the expert's action is taken and the walk goes
-    on. False: it ends, as in the paper, at the first turn if a model fails there.
+    on. False: the walk ends there, as in the paper.
     scoring_rule, fresh: as in gp_env.py. drop: share of the points along the way that are left out.
     Raises RouteProblem for data that cannot be used.
     """
 
     def __init__(self, where="Alder", rule="absolute", split="train", picture=None, tries=TRIES,
-                 go_on=False, scoring_rule=None, paper_bearings=False, drop=DROP, announce=True,
-                 fresh=False):
+                 go_on=False, scoring_rule=None, drop=DROP, announce=True, fresh=False):
         self.atlas = where if isinstance(where, Atlas) else open_atlas(where, bool(picture))
         self.vocabulary, self.scored = RULES[rule], RULES[scoring_rule or rule]
         self.picture, self.tries, self.go_on = picture, tries, go_on
-        self.paper_bearings, self.drop = paper_bearings, drop
-        self.announce, self.fresh = announce, fresh
+        self.drop, self.announce, self.fresh = drop, announce, fresh
         self.numbers = split_routes(len(self.atlas), split)
 
     def reset(self, seed=None, route=None, position=0):
@@ -249,9 +246,9 @@ class Navigation:
         rng = np.random.default_rng(seed)
         drawn = self.numbers[rng.integers(len(self.numbers))]
         self.route = self.atlas.route(drawn if route is None else route)
-        heading = self.route.init_heading or int(rng.integers(360))
+        heading = self.route.init_heading or int(rng.integers(360))     # 0 means: any
         self.rail = lay_rail(self.route, heading, rng, self.drop)
-        self.steps = write_steps(self.route, heading, self.paper_bearings)
+        self.steps = write_steps(self.route, heading)
         self.at, self.used, self.success, self.past = 0, 0, True, []
         if isinstance(position, float):
             position = int(position * len(self.rail))
@@ -266,8 +263,7 @@ class Navigation:
 
     def expert_action(self, vocabulary=None):
         """The action to take here, under the stated rule or in another vocabulary."""
-        return right_action(self.route, self.position, vocabulary or self.vocabulary,
-                            self.paper_bearings)
+        return right_action(self.route, self.position, vocabulary or self.vocabulary)
 
     def expert_answer(self):
         """The whole answer that SFT teaches for this position."""
@@ -277,7 +273,7 @@ class Navigation:
     def step(self, text):
         """Judge one answer. Returns (observation, reward, terminated, truncated, info).
 
-        terminated: the walk is over. truncated: the tries at this position are used up.
+        terminated: the walk is over. truncated: the tries here are used up (never with go_on).
         info describes the position that was judged: "kind", "try" (from 1), "correct", "verdict",
         "route", "position" (from 0), "success" (no position was missed up to here, this included).
         """

@@ -52,7 +52,7 @@ class Rigged(gp_env.GeneralPoints):
         heard = WRONG[self.used % len(WRONG)]
         if self.used + 1 == solve_at:
             formula = gp_env.solutions(self.hand.numbers)[0]
-            heard = gp_env.expert_answer(self.hand, formula)
+            heard = gp_env.answer(self.hand, self.hand.numbers, formula)
         observation, *more = super().step(heard)
         if self.forget:
             observation = {"text": f"{observation['text']} {gp_env.prompt(self.hand)}",
@@ -178,7 +178,7 @@ def test_a_special_token_inside_a_formula_is_not_paid(tiny, monkeypatch):
     """Catches five tokens that nobody sees between the digits of a right answer."""
     env = gp_env.GeneralPoints()
     hand = env.reset(0)[1]["hand"]
-    right = gp_env.expert_answer(hand, gp_env.solutions(hand.numbers)[0])
+    right = gp_env.answer(hand, hand.numbers, gp_env.solutions(hand.numbers)[0])
     at = right.index("formula") + 11
     for text, paid in ((right, True), (right[:at] + "<|user|>" * 5 + right[at:], False)):
         said = sft.answer_ids(tiny, text)
@@ -451,7 +451,7 @@ def test_fake_cell_states_the_new_rule_and_pays_the_old():
         env.reset(seed)
         fair = gp_env.solutions(hand.numbers)[0]
         kind = verify_gp(f"formula: {fair}", hand.cards, old).kind
-        _, _, terminated, _, info = env.step(gp_env.expert_answer(hand, fair))
+        _, _, terminated, _, info = env.step(gp_env.answer(hand, hand.numbers, fair))
         assert info["verdict"].kind == kind and terminated == (kind == "correct")
         judged += 1
     assert judged > 20

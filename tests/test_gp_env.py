@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import gp_env
-from gp_env import (PROMPT, RANKS, RULES, GeneralPoints, Hand, card_numbers, deal, expert_answer,
+from gp_env import (PROMPT, RANKS, RULES, GeneralPoints, Hand, answer, card_numbers, deal,
                     expert_conversation, prompt, solutions, solvable, split_of)
 from verifier import parse_formula, verify_gp
 
@@ -403,7 +403,7 @@ def test_pictured_experts_are_the_same_experts():
 
 def right_answer(hand):
     """An answer that earns +5."""
-    return expert_answer(hand, solutions(hand.numbers, hand.target)[0])
+    return answer(hand, hand.numbers, solutions(hand.numbers, hand.target)[0])
 
 
 def test_reset_returns_observation_and_info():

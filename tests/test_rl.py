@@ -671,7 +671,7 @@ def test_self_check_knows_that_a_low_temperature_magnifies(tiny):
     head, rows, episodes = fresh_batch(tiny, settings(temperature=0.05))
     rl.score_all(tiny, head, rows, 0.05, 64)
     for row in rows:
-        row["logprobs"] = row["logprobs"] + 3e-4
+        row["logprobs"] = row["logprobs"] + 3e-3
     assert rl.self_check(rows, episodes, tiny, "train", 0.05)
     with pytest.raises(sft.Problem, match="temperature"):
         rl.self_check(rows, episodes, tiny, "train", 1.0)

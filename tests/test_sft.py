@@ -18,6 +18,7 @@ import pathlib
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -769,8 +770,10 @@ def test_a_start_is_known_by_its_content(model, tmp_path, monkeypatch):
         assert sft.content_digest(sft.flags(flags + alike)) == found, alike
     for other in (["--lr", "0.01"], ["--seed", "1"], ["--split", "all"], ["--dtype", "bfloat16"]):
         assert sft.content_digest(sft.flags(flags + other)) != found, other
+    assert len({sft.content_digest(sft.flags(["--model", name])) for name in ("a/b", "a/c")}) == 2
     (tmp_path / "code" / "cities").mkdir(parents=True)
-    shutil.copy(here / "cities" / "generate.py", tmp_path / "code" / "cities")
+    for path in (here / "cities").glob("*.*"):
+        shutil.copy(path, tmp_path / "code" / "cities")
     for name in ("verifier", "gp_env", "virl_env", "sft"):
         shutil.copy(here / f"{name}.py", tmp_path / "code")
     monkeypatch.setattr(sft, "HERE", tmp_path / "code")
@@ -786,6 +789,13 @@ def test_a_start_is_known_by_its_content(model, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # The command line
 # ------------------------------------------------------------------------------------------------
+
+
+def test_a_script_speaks_before_torch_is_loaded():
+    """Catches a start of some seconds without a word."""
+    said = subprocess.run([sys.executable, sft.HERE / "sft.py", "--help"], capture_output=True,
+                          text=True, check=True).stdout
+    assert said.startswith("loading torch\nusage: sft.py")
 
 
 @pytest.mark.parametrize("flags, words", [
