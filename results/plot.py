@@ -17,6 +17,7 @@ checkpoints) and metrics.jsonl (what training said on its way). No model is load
     python results/plot.py --task gp-vl --only "*" --out all.png   arms of one seed, too
     python results/plot.py --metrics runs/one runs/other --keys reward approx_kl --out both.png
     python results/plot.py runs --shifts --out shifts.png          rule and hands apart, and `fake`
+    python results/plot.py runs --tries --out tries.png            RL by its tries in training
     python results/plot.py --sheet 6 --task gp-vl --out hands.png      hands, or street views
 
 For a figure of your own, call `draw_panels`: it needs points and a title, no runs.
@@ -644,6 +645,49 @@ def shift_panel(title, levels, arms, joined):
             "places": dict(enumerate(levels, 1))}
 
 
+# The paper's Fig. 10 (section 5.5): points of rule OOD that RL gains by its tries in training, in
+# conversation.
+PAPER_TRIES = {1: 0.48, 3: 2.15, 5: 2.99, 10: 5.99}
+
+
+def plot_tries(folders, path):
+    """What RL gains over its start by the tries that it had in training: the paper's Fig. 10.
+
+    folders: runs of gp-l that differ in tries, and in episodes so that compute is the same. Points
+    are means over seeds, bars reach from the lowest to the highest. Prints the t intervals.
+    """
+    runs = [run for run in read_runs(folders, "gp-l")
+            if run.kind == "rl" and run.rows[0]["step"] == 0 and len(run.rows) > 1]
+    tries = sorted({run.settings["tries"] for run in runs})
+    panels, lines = [], []
+    for cell, title in (("held-out/ood", "rule OOD"), ("held-out/id", "ID")):
+        series = []
+        for number, measure in enumerate(("first_try", "fresh", "success")):
+            look = {"label": HANDS[measure], "colour": ARMS["rl"][1][number]}
+            middle = []
+            for place, count in enumerate(tries, 1):
+                ends = [[rate(run.rows[at], cell, measure) for at in (0, -1)]
+                        for run in runs if run.settings["tries"] == count]
+                gains = [100 * (end - start) for start, end in ends]
+                x, low_high = place + 0.08 * (number - 1), t_interval(gains)
+                series.append(look | {"points": [(x, mean(gains), min(gains), max(gains))]})
+                middle.append((x, *[mean(gains)] * 3))
+                words = " [{:+.1f}, {:+.1f}]".format(*low_high) if low_high else ""
+                lines.append(f"| {title}, {HANDS[measure]} | {count} | {mean(gains):+.1f}{words} | "
+                             + ", ".join(f"{gain:+.1f}" for gain in gains) + " |")
+            series.append(look | {"points": middle})
+        if cell == "held-out/ood":
+            series.append({"label": "the paper, in conversation", "colour": GREY, "dashed": True,
+                           "points": [(place, *[PAPER_TRIES[count]] * 3) for place, count
+                                      in enumerate(tries, 1) if count in PAPER_TRIES]})
+        panels.append({"title": f"held-out hands, {title}", "x_label": "tries in training",
+                       "y_label": "points gained over the start", "series": series,
+                       "places": {place: str(count) for place, count in enumerate(tries, 1)}})
+    draw_panels(panels, path, "GeneralPoints, text: RL with more tries in training, equal compute")
+    print("| gain, points | tries | mean [95 %, t over seeds] | by seed |", "|---|---|---|---|",
+          *lines, sep="\n")
+
+
 # ------------------------------------------------------------------------------------------------
 # 6. Drawing
 #
@@ -931,6 +975,8 @@ def main():
                         help="with --metrics: what to draw (default reward approx_kl)")
     parser.add_argument("--shifts", action="store_true", help="gp-l: draw the rule's shift, the "
                         "hands' shift and the fake probe instead, from the ends of the runs")
+    parser.add_argument("--tries", action="store_true", help="gp-l: draw RL's gains by the tries "
+                        "in training instead (Fig. 10); name runs that differ in nothing else")
     parser.add_argument("--sheet", type=int, default=0, metavar="N", help="draw N hands (--task "
                         "gp-vl) or street views (virl-vl) instead")
     parser.add_argument("--out", default="figure.png", help="PNG file (default figure.png)")
@@ -938,12 +984,15 @@ def main():
     out = pathlib.Path(args.out).absolute()
     if out.is_dir() or not out.parent.is_dir():
         raise Problem(f"--out {args.out}: give a file in a folder that is there")
-    if args.shifts and args.task != "gp-l" or args.sheet and not args.task.endswith("-vl"):
-        raise Problem("--shifts is for gp-l alone, --sheet for --task gp-vl or virl-vl")
+    ends = args.shifts or args.tries
+    if ends and args.task != "gp-l" or args.sheet and not args.task.endswith("-vl"):
+        raise Problem("--shifts, --tries are for gp-l alone, --sheet for --task gp-vl or virl-vl")
     if not 0 <= args.sheet <= 1000:
         raise Problem(f"--sheet {args.sheet}: give a number up to 1000")
     if args.sheet:
         draw_sheet(args.task, args.sheet, out)
+    elif args.tries:
+        plot_tries(args.folders or [HERE], out)
     elif args.shifts:
         plot_shifts(args.folders or [HERE], out, args.only)
     elif args.metrics:

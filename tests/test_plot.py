@@ -441,6 +441,21 @@ def test_two_shifts_and_the_probe_are_drawn(tmp_path, monkeypatch, capsys):
         assert image.width == 3 * 460
 
 
+def test_gains_by_tries_in_training_by_hand(tmp_path, monkeypatch, capsys):
+    """Catches a gain over another seed's start, an SFT run among RL's, seeds not told apart."""
+    for tries, ends in ((1, (0.3, 0.5)), (5, (0.4, 0.4))):
+        for seed, (start, end) in enumerate(zip((0.1, 0.2), ends)):
+            write_run(tmp_path / f"rl{tries}{seed}", "rl", seed, {0: start, 20: end}, tries=tries,
+                      more={"first_try": end / 2, "fresh": end})
+    write_run(tmp_path / "sft", "sft", 0, {0: 0.1, 20: 0.9}, tries=1)
+    code, printed, _ = shown(monkeypatch, capsys, plot, tmp_path, "--tries", "--out",
+                             tmp_path / "tries.png")
+    assert code == 0 and Image.open(tmp_path / "tries.png").width > 800
+    assert "| rule OOD, in conversation | 1 | +25.0 [-38.5, +88.5] | +20.0, +30.0 |" in printed
+    assert "| ID, in conversation | 5 | +25.0 [-38.5, +88.5] | +30.0, +20.0 |" in printed
+    assert "| ID, first answer | 1 | +0.0 [+0.0, +0.0] | +0.0, +0.0 |" in printed
+
+
 def test_a_sheet_of_hands_has_rows_of_suits(tmp_path, monkeypatch, capsys):
     """Catches one picture many times, pictures that overlap, and red among the black."""
     out = tmp_path / "sheet.png"
