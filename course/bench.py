@@ -8,8 +8,9 @@
              with each example, writes one line of JSON for each outcome, and is killed
 
 A child is told arguments alone. It never hears the seed or an expected outcome, so there is nothing
-to read; its outcomes are compared elsewhere, so there is nothing to write. An endless loop, a
-crash, os._exit(0), a huge allocation or a wrong import end one child: one function of one problem.
+to read; its outcomes are compared elsewhere, so it must know what to write. (It does know for
+evaluate.draw, whose right outcome is always the same: read that one.) An endless loop, a crash,
+os._exit(0), a huge allocation or a wrong import end one child: one function of one problem.
 
 What is put into our module: the function, the other functions of its problem, and whatever of the
 student's own they use: helpers, constants, imports. Names that our file has stay ours.

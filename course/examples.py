@@ -516,7 +516,7 @@ CLEAN = ("clean", "clean bf16", "clean, all hands")
 
 
 def make_complaints(rng):
-    """Batches with one planted bug each, twice, and three clean ones. Hidden: which is which."""
+    """Batches with one planted bug each, and three clean ones. Hidden: which is which."""
     kinds = [*PLANTED, *CLEAN]
     examples = [batch(rng, kind) for kind in kinds]
     rng.shuffle(examples)

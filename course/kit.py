@@ -7,14 +7,15 @@ compared as plain numbers.
     python course/kit.py blank OUT [--only rl.gae ...]    instructor: a hand-out for students
     python course/kit.py check [rl.gae | 12 | GAE ...]    student, in the hand-out: right or wrong?
     python course/kit.py grade FOLDER --seed SECRET --out results.json     autograder (Gradescope)
-    python course/kit.py attack NAME OUT                  instructor: the verifier of problem 3
-    python course/kit.py hunt NAME OUT                    instructor: the repository of problem 18
+    python course/kit.py attack NAME OUT --seed SECRET    instructor: the verifier of problem 3
+    python course/kit.py hunt NAME OUT --seed SECRET      instructor: the repository of problem 18
 
 check takes about 5 s for everything, 1 s for the verifier alone; grade about 10 s of CPU.
 """
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -28,8 +29,13 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
+if os.name != "posix" or sys.version_info < (3, 11):
+    print("kit.py: this needs Python 3.11 or later, on Linux, macOS or WSL", file=sys.stderr)
+    sys.exit(2)
+
 from bench import Bench, forget_arguments, hide  # noqa: E402
-from problems import FILES, PROBLEMS, code_functions, problem_of, select  # noqa: E402
+from problems import (BY_FILE, FILES, PROBLEMS, code_functions, problem_of,  # noqa: E402
+                      select)
 from runs import same  # noqa: E402
 
 BLANKS = HERE / "blank"             # in a hand-out: the files as they were handed out
@@ -56,12 +62,13 @@ def tracked_files():
 
 
 def handed_out(path):
-    """Does a file belong in a hand-out? Not tests, solutions, curves of training, or pictures."""
+    """Does a file belong in a hand-out? Not tests, solutions, pictures, curves or words of results."""
     if path.parts[0] in ("tests", ".ci", ".github"):
         return False
     if path.parts[0] == "course":
         return path.name not in TEACHERS
-    return path.parts[0] != "results" or path.suffix in (".md", ".py") or path.name == "eval.jsonl"
+    return (path.parts[0] != "results" or path.suffix == ".py"
+            or path.name in ("args.json", "eval.jsonl"))
 
 
 def copy_files(out, wanted):
@@ -101,6 +108,15 @@ def source(file):
     return (ROOT / f"{file}.py").read_text("utf-8")
 
 
+def points_and_minutes(problem, function):
+    """What a function is worth, and how long its problem takes."""
+    points = problem.functions[function]
+    if points == problem.points:
+        return f"{points} points, about {problem.minutes} minutes"
+    return (f"{points} of {problem.points} points of problem {problem.number}, "
+            f"about {problem.minutes} minutes in all")
+
+
 def blanked(functions):
     """{file: its text without these functions}."""
     texts = {}
@@ -108,9 +124,8 @@ def blanked(functions):
         mine = [name for name in functions if name.split(".")[0] == file]
         raised, helpers = {}, set()
         for name in mine:
-            problem = problem_of(name)
-            raised[name.split(".")[1]] = (f"{name.split('.')[1]}: {problem.functions[name]} points,"
-                                          f" about {problem.minutes} minutes")
+            problem, short_name = problem_of(name), name.split(".")[1]
+            raised[short_name] = f"{short_name}: {points_and_minutes(problem, name)}"
             helpers.update(helper.split(".")[1] for helper in problem.helpers)
         texts[file] = emptied(source(file), raised, helpers)
     return texts
@@ -172,6 +187,9 @@ def blank(out, only=()):
 def select_or_refuse(wanted):
     """`select`, or a line that says what could have been meant."""
     found = select(wanted)
+    said = wanted.strip().lower()
+    if not found and any(said in (str(one.number), one.name.lower()) for one in PROBLEMS):
+        raise Refused(f"{wanted} is graded from what you hand in, see course/README.md")
     if not found:
         raise Refused(f"{wanted!r} is no problem: take one of {', '.join(code_functions())}")
     return found
@@ -314,7 +332,7 @@ def grade(folder, seed, out, name=None):
     """Judge a hand-in on hidden examples and write Gradescope's results.json.
 
     The student's functions are run first, all of them; what is right is computed afterwards, so no
-    process that runs a student's line holds an expected outcome.
+    process that runs a student's line holds an expected outcome. name: whose attack and hunt it is.
     """
     import examples
     functions = code_functions()
@@ -325,19 +343,22 @@ def grade(folder, seed, out, name=None):
                  for function in functions}
         theirs = {function: bench.outcomes(function, texts[function], made[function])
                   for function in functions}
-        hunted = grade_hunt(bench, folder, name)
+        hunted = grade_hunt(bench, folder, seed, name)
         bench.stop()        # the right outcomes come from a server that saw no student's job
         for function in functions:
             text = source(function.split(".")[0])
             outcomes, trouble = theirs[function]
-            reference, _ = bench.outcomes(function, text, made[function])
+            reference, why = bench.outcomes(function, text, made[function])
+            if why:
+                raise Refused(f"{function}: the source itself fails: {why}")
             expected = examples.expected(function, made[function], reference)
             mistakes, points = [], points_of(function, outcomes, expected)
             if points < problem_of(function).functions[function] and outcomes:
-                mistakes = known_mistakes(bench, function, made[function], expected)
+                with contextlib.suppress(RuntimeError):     # out of time: then it has no name
+                    mistakes = known_mistakes(bench, function, made[function], expected)
             tests.append(result(function, points, hidden_words(outcomes, trouble, expected,
                                                                mistakes)))
-        tests.append(grade_attack(bench, folder, name))
+        tests.append(grade_attack(bench, folder, seed, name))
     tests += hunted
     write_results(out, tests)
 
@@ -359,7 +380,9 @@ def result(function, points, output):
     """One entry of Gradescope's list of tests."""
     problem = problem_of(function)
     return {"name": f"{problem.number} {problem.name}: {function}", "score": points,
-            "max_score": problem.functions[function], "output": output, "visibility": "visible"}
+            "max_score": problem.functions[function], "output": output,
+            # seen at once, the line of the hunt would be found by trial
+            "visibility": "after_due_date" if function in BY_FILE else "visible"}
 
 
 def write_results(out, tests):
@@ -379,20 +402,22 @@ def write_results(out, tests):
 # ------------------------------------------------------------------------------------------------
 
 
-def chosen(name, bugs):
-    """The bug that belongs to a name, whatever the name is."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+def chosen(name, bugs, secret):
+    """The bug that belongs to a name, whatever the name is; only who has the secret can tell."""
+    if not name:
+        raise Refused("whose attack or hunt is it? Give the name (grade: --name)")
+    digest = hashlib.sha256(f"{secret}/{name}".encode("utf-8", "surrogatepass")).digest()
     return bugs[int.from_bytes(digest[:8], "big") % len(bugs)]
 
 
-def attack(name, out):
+def attack(name, out, secret):
     """Write the planted verifier of a student into a new folder, and print the key."""
     import mutants
-    mutant = chosen(name, mutants.ATTACKS)
+    mutant = chosen(name, mutants.ATTACKS, secret)
     copy_files(out, lambda path: False)
     out.mkdir(parents=True, exist_ok=True)
     (out / "verifier.py").write_text(mutants.apply(source("verifier"), mutant), "utf-8")
-    (out / "attack.json").write_text(json.dumps({"name": ascii(name)[1:-1], "answers": [
+    (out / "attack.json").write_text(json.dumps({"name": name, "answers": [
         {"cards": ["A", "2", "3", "4"], "rule": "ten", "text": "..."}] * 3}, indent=1), "utf-8")
     print(f"key for {ascii(name)}: verifier.py {mutant.says} ({mutant.function})")
 
@@ -412,54 +437,65 @@ def attack_example(answer):
             "picture": False, "parsed": {}}
 
 
-def grade_attack(bench, folder, name):
+def handed_in_json(folder, file, name):
+    """(what a student's JSON object holds, whose it is: `name`, else what it says itself)."""
+    found = read_json(folder, file)
+    found = found if isinstance(found, dict) else {}
+    return found, name or str(found.get("name", ""))
+
+
+def grade_attack(bench, folder, secret, name):
     """Two points for each of three answers that the planted verifier pays and ours does not."""
     import mutants
-    handed_in = read_json(folder, "attack.json")
-    handed_in = handed_in if isinstance(handed_in, dict) else {}
-    name = str(handed_in.get("name", "")) if name is None else name
+    handed_in, name = handed_in_json(folder, "attack.json", name)
     answers = handed_in.get("answers", [])
     made = [attack_example(one) for one in (answers if isinstance(answers, list) else [])[:3]]
-    made = [one for i, one in enumerate(made) if one and one not in made[:i]]
+    made = [one for one in made if one]
     if not made:
         return result("attack", 0, "attack.json holds no answer that can be read")
-    planted = mutants.apply(source("verifier"), chosen(name, mutants.ATTACKS))
+    planted = mutants.apply(source("verifier"), chosen(name, mutants.ATTACKS, secret))
     (paid, _), (ours, _) = (bench.outcomes("verifier.verify_gp", text, made, whole=True)
                             for text in (planted, source("verifier")))
-    good = sum(a.get("correct") is True and b.get("correct") is False for a, b in zip(paid, ours))
+    good = len({tuple(sorted(one["cards"])) for one, a, b in zip(made, paid, ours)
+                if a.get("correct") is True and b.get("correct") is False})
     both = sum(b.get("correct") is True for b in ours)
-    return result("attack", 2 * good, f"{good} answers are paid there and wrong; {both} are right")
+    return result("attack", 2 * good, f"{good} hands are paid there and wrong, {both} right")
 
 
-def hunt(name, out):
+def hunt(name, out, secret):
     """Write the repository with one silent bug into a new folder, and print the key."""
     import mutants
-    mutant = chosen(name, mutants.HUNTS)
+    mutant = chosen(name, mutants.HUNTS, secret)
     file = mutant.function.split(".")[0]
     text = source(file)
     planted, line = mutants.apply(text, mutant), mutants.lines_of(text, mutant)[0][0]
     copy_files(out, lambda path: path.parts[0] not in ("tests", "course", ".ci", ".github"))
     (out / f"{file}.py").write_text(planted, "utf-8")
+    (out / "hunt.json").write_text(json.dumps(
+        {"name": name, "file": "...", "line": 0, "number": "..."}), "utf-8")
     print(f"key for {ascii(name)}: {file}.py, line {line}: {mutant.function} {mutant.says}\n"
           f"what tells: {mutant.tells}")
 
 
-def grade_hunt(bench, folder, name):
+def grade_hunt(bench, folder, secret, name):
     """The line, and a test that fails on the planted repository and passes on the source."""
     import mutants
-    handed_in = read_json(folder, "hunt.json")
-    handed_in = handed_in if isinstance(handed_in, dict) else {}
-    name = str(handed_in.get("name", "")) if name is None else name
-    mutant = chosen(name, mutants.HUNTS)
+    handed_in, name = handed_in_json(folder, "hunt.json", name)
+    test = read_hand_in(folder, "test_hunt.py")
+    if not handed_in and not test:
+        return [result(one, 0, "nothing was handed in") for one in ("hunt.line", "hunt.test")]
+    mutant = chosen(name, mutants.HUNTS, secret)
     file = mutant.function.split(".")[0]
     said = handed_in.get("line")
     hit = (handed_in.get("file") == f"{file}.py" and isinstance(said, int)
            and any(first - 2 <= said <= last + 2
                    for first, last in mutants.lines_of(source(file), mutant)))
     lines = result("hunt.line", 6 * hit, "this is the line" if hit else "another line, or none")
-    test = read_hand_in(folder, "test_hunt.py")
     if not test:
         return [lines, result("hunt.test", 0, "there is no test_hunt.py")]
+    for word in ("__file__", "inspect", "open(", "hashlib"):
+        if word in test:
+            return [lines, result("hunt.test", 0, f"{word} is refused: test what the code does")]
     with tempfile.TemporaryDirectory() as made:
         planted = pathlib.Path(made)
         planted.chmod(0o755)
@@ -481,6 +517,14 @@ def grade_hunt(bench, folder, name):
 # ------------------------------------------------------------------------------------------------
 
 
+def read_seed(said):
+    """The secret that a command names: itself, or @FILE."""
+    seed = pathlib.Path(said[1:]).read_text("utf-8").strip() if said.startswith("@") else said
+    if not seed:
+        raise Refused("--seed is empty")
+    return seed
+
+
 def main():
     """Read the command, do it, and say in one line what was wrong with it."""
     parser = argparse.ArgumentParser(description="The course kit.")
@@ -500,6 +544,7 @@ def main():
         made = commands.add_parser(command, help=text)
         made.add_argument("name")
         made.add_argument("out", type=pathlib.Path)
+        made.add_argument("--seed", required=True, help="a secret, or @FILE that holds it")
     args = parser.parse_args()
     try:
         if args.command == "blank":
@@ -507,23 +552,20 @@ def main():
         elif args.command == "check":
             return 0 if check(args.functions) else 1
         elif args.command == "grade":
-            seed = args.seed
-            if seed.startswith("@"):
-                seed = pathlib.Path(seed[1:]).read_text("utf-8").strip()
+            seed = read_seed(args.seed)
             forget_arguments()
             hide()
             grade(args.folder, seed, args.out, args.name)
-        elif args.command == "attack":
-            attack(args.name, args.out)
         else:
-            hunt(args.name, args.out)
+            command = attack if args.command == "attack" else hunt
+            command(args.name, args.out, read_seed(args.seed))
     except ModuleNotFoundError as missing:
         if missing.name not in ("examples", "mutants"):
             raise
         print("kit.py: this command is the instructor's; the hand-out has no solutions",
               file=sys.stderr)
         return 2
-    except (Refused, OSError) as problem:
+    except (Refused, OSError, UnicodeError) as problem:
         print(f"kit.py: {problem}", file=sys.stderr)
         return 2
     return 0

@@ -230,7 +230,7 @@ MUTANTS = [
          'RULES["ten"]', "(11, 12, 13)"),
         ("splits by the names of cards", "K and 10 are the same number in training", [
             ("split_of", "_split_table()[tuple(sorted(card_numbers(cards, RULES[\"ten\"])))]",
-             "list(_split_table().values())[sum(map(ord, ''.join(sorted(cards)))) % 715]")]),
+             "list(_split_table().values())[sum(map(ord, ''.join(sorted(cards)))) * 101 % 715]")]),
         ("holds nothing out", "is the hand in the table?",
          "_split_table()[tuple(sorted(card_numbers(cards, RULES[\"ten\"])))]", '"train"')),
     # --- 6
@@ -358,10 +358,10 @@ MUTANTS = [
         ("loses the picture", "a blind policy", '"picture": turn.picture', '"picture": None')),
     # --- 11
     *of("rl.score",
-        ("reads V one token late", "a baseline must not know the action", "hidden[row, end]",
-         "hidden[row, end + 1]"),
-        ("reads V one token early", "value_at", "hidden[row, end]", "hidden[row, end - 1]"),
-        ("reads V at the end of the conversation", "value_at", "hidden[row, end]",
+        ("reads V one token late", "a baseline must not know the action", "hidden[row, before]",
+         "hidden[row, before + 1]"),
+        ("reads V one token early", "value_at", "hidden[row, before]", "hidden[row, before - 1]"),
+        ("reads V at the end of the conversation", "value_at", "hidden[row, before]",
          "hidden[row, lengths[row] - 1]"),
         ("forgets the temperature", "which policy played?", "ids, mask, temperature)",
          "ids, mask)"),
@@ -508,7 +508,7 @@ MUTANTS = [
         ("compares counts alone", "counts can agree while log p is a token off",
          "if not gap < limit:", "if False:"),
         ("compares log p on average in float32, too", "one wrong row of many", [
-            ("complaints", "gap, limit = gaps.max(), 1e-4 / min(1, temperature)", "pass")]),
+            ("complaints", "gap, limit = gaps.max(), 1e-3 / min(1, temperature)", "pass")]),
         ("asks bf16 for the exactness of float32", "bf16 rounds differently in other batches", [
             ("complaints", 'if backbone.device.type == "cpu" and backbone.model.dtype == '
              "torch.float32:", "if True:")]),
@@ -556,10 +556,9 @@ HUNTS = [
            UNMEASURED + "explained_variance and value_loss: V has read the answer"),
     silent("rl.score", "lets the critic move the trunk unasked",
            "grad_norm 3.5 for 0.37 (mean of 24 updates)"),
-    silent("sft.sft_loss", "takes the mean of the means of micro-batches",
-           UNMEASURED + "the loss of SFT, which should not depend on --micro-batch"),
+    silent("rl.value_loss", "loses the half", UNMEASURED + "value_loss: twice the clean run's"),
     silent("sft.encode", "does not teach the end of an answer",
            UNMEASURED + "`cut`, the share of answers that run to --max-new-tokens"),
     silent("gp_env.split_of", "splits by the names of cards",
-           UNMEASURED + "seen and held-out hands: 10 J Q K are one number, in both splits"),
+           UNMEASURED + "success at update 1, which differs already: other hands are dealt"),
 ]

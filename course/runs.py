@@ -252,10 +252,11 @@ def run_draw(f, x):
     token = torch.as_tensor(token).reshape(count)
     said = torch.as_tensor(said).reshape(count)
     share, expected = token.bincount(minlength=len(right)) / count, right.exp()
-    error = (said - right[token]).abs().max()
+    error, rare = (said - right[token]).abs().max(), 2      # drawn twice, no token is a surprise
     if x["temperature"] == 0:           # the likeliest token always; its log p is anybody's
-        expected, error = torch.eye(len(right))[right.argmax()], 0.0
-    surprise = (share - expected).abs() / (expected * (1 - expected) / count + 1e-9).sqrt()
+        expected, error, rare = torch.eye(len(right))[right.argmax()], 0.0, 0
+    surprise = (share - expected).abs() - rare / count
+    surprise /= (expected * (1 - expected) / count + 1e-9).sqrt()
     return {"largest error of the log p that is returned": plain(error),
             "tokens are as frequent as their p": bool((surprise < 5).all()),
             "the same generator draws the same": plain(token) == plain(again.reshape(count)),

@@ -8,6 +8,7 @@ says which. tests/course_solutions.py holds solutions that were written apart fr
 
 import ast
 import contextlib
+import itertools
 import json
 import pathlib
 import subprocess
@@ -24,6 +25,7 @@ import examples  # noqa: E402
 import kit  # noqa: E402
 import mutants  # noqa: E402
 import problems  # noqa: E402
+import runs  # noqa: E402
 from runs import same  # noqa: E402
 
 FUNCTIONS = problems.code_functions()
@@ -192,6 +194,9 @@ def test_no_line_of_a_solution_is_left(hand_out):
             last = node.body[-1]
             assert len(node.body) <= 2 and isinstance(last, ast.Raise)
             assert ast.unparse(last).startswith(f"raise NotImplementedError('{name}: ")
+    assert "'gae: 4 points, about 30 minutes'" in files[hand_out / "rl.py"].replace('"', "'")
+    assert "normalised: 1 of 4 points of problem 13, about 35 minutes in all" in files[
+        hand_out / "rl.py"]
     standing = standing_lines()
     lines = {path: {line.strip() for line in text.splitlines()} - standing
              for path, text in files.items()}
@@ -243,6 +248,9 @@ def test_hand_out_holds_what_it_should(hand_out):
         assert name not in names
     assert {"rl.py", "course/kit.py", "course/public.json", "README.md"} <= names
     assert not any(name.endswith("metrics.jsonl") for name in names)
+    assert not [name for name in names if name.startswith("results/") and name.endswith(".md")]
+    measured = [path.parent for path in hand_out.glob("results/*/eval.jsonl")]
+    assert measured and all((folder / "args.json").exists() for folder in measured)     # for plot.py
 
 
 def run(folder, *arguments):
@@ -270,8 +278,21 @@ def test_check_in_a_hand_out(hand_out):
     assert "This is what a function gives that takes max for min." in said
     assert "    expected   " in said and "25 of 33 points" in said, said
     (hand_out / "rl.py").write_text(blank, "utf-8")
-    code, said = run(hand_out, "blank", hand_out.parent / "again")
-    assert code == 2 and len(said.strip().splitlines()) == 1
+    for words in (("blank", hand_out.parent / "again"), ("check", "nonsense"), ("check", "3"),
+                  ("hunt", "Ada", hand_out.parent / "again", "--seed", "")):
+        code, said = run(hand_out, *words)
+        assert code == 2 and len(said.strip().splitlines()) == 1
+        assert ("graded from what you hand in" in said) == (words[-1] == "3")
+
+
+def test_an_old_python_is_refused_in_one_line():
+    """Catches a traceback, or answers called crashes, where the kit cannot run."""
+    program = ("import runpy, sys; sys.version_info = (3, 10, 0); sys.argv = ['kit.py', 'check'];"
+               "runpy.run_path('course/kit.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=kit.ROOT, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "Python 3.11" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------
@@ -355,30 +376,75 @@ def test_grade_end_to_end(our_bench, tmp_path, monkeypatch):
     for file in problems.FILES:
         (tmp_path / f"{file}.py").write_text(kit.source(file), "utf-8")
     (tmp_path / "rl.py").write_text(kit.source("rl").replace("def gae(", "def old_gae(") + SPY)
-    name = "Ada"
-    mutant = kit.chosen(name, mutants.HUNTS)
-    file = mutant.function.split(".")[0]
-    line = mutants.lines_of(kit.source(file), mutant)[0][0]
-    (tmp_path / "hunt.json").write_text(json.dumps({"file": f"{file}.py", "line": line}))
+    seed = "s3cr3t-of-the-course"
+    name = next(name for name in map(str, range(1000))
+                if kit.chosen(name, mutants.HUNTS, seed).says == "loses lambda")
+    line = mutants.lines_of(kit.source("rl"), kit.chosen(name, mutants.HUNTS, seed))[0][0]
+    (tmp_path / "hunt.json").write_text(json.dumps({"file": "rl.py", "line": line}))
     (tmp_path / "test_hunt.py").write_text(
-        f"import {file}\nimport inspect\n\n\ndef test_line():\n"
-        f"    lines = inspect.getsource({file})\n    assert {mutant.edits[0][1]!r} in lines\n"
-        "    assert lines.count("
-        f"{mutant.edits[0][2]!r}) == {kit.source(file).count(mutant.edits[0][2])}\n")
-    planted = mutants.apply(kit.source("verifier"), kit.chosen(name, mutants.ATTACKS))
+        "import rl\nimport torch\n\n\ndef test_lambda():\n"
+        "    a, _ = rl.gae(torch.tensor([0., 1.]), torch.zeros(2), True, False, 1.0, 0.5)\n"
+        "    assert a.tolist() == [0.5, 1.0]\n")
+    planted = mutants.apply(kit.source("verifier"), kit.chosen(name, mutants.ATTACKS, seed))
     answers = course_solutions.ATTACKS
     paid, _ = our_bench.outcomes("verifier.verify_gp", planted,
                                  [kit.attack_example(answer) for answer in answers], whole=True)
     good = [answer for answer, outcome in zip(answers, paid) if outcome["correct"]]
-    (tmp_path / "attack.json").write_text(json.dumps({"answers": good + [good[0], "junk"]}))
-    kit.grade(tmp_path, "s3cr3t-of-the-course", tmp_path / "results.json", name)
+    again = good[0] | {"text": good[0]["text"] + " "}
+    (tmp_path / "attack.json").write_text(json.dumps({"answers": [good[0], again, "junk"]}))
+    kit.grade(tmp_path, seed, tmp_path / "results.json", name)
     tests = {one["name"].split(": ")[1]: one for one in
              json.loads((tmp_path / "results.json").read_text())["tests"]}
     lost = {function for function, one in tests.items() if one["score"] < one["max_score"]}
     assert lost - {"attack"} == {"rl.gae", "verifier.verify_virl"}, tests
     assert "0 of 40" in tests["rl.gae"]["output"]
-    assert tests["attack"]["score"] == 2 * len(good)
+    assert tests["attack"]["score"] == 2        # one hand, an extra blank
+    assert {function for function, one in tests.items() if one["visibility"] == "after_due_date"} \
+        == set(problems.BY_FILE)
     assert "s3cr3t" not in (tmp_path / "results.json").read_text()
+
+
+class Stub:
+    """In the place of a Bench: a student's answers are wrong, `ours` is what the source gives."""
+
+    def __init__(self, ours):
+        self.ours = ours
+
+    def outcomes(self, function, text, made):
+        return self.ours if text else ([{"raised": "KeyError"}], "")
+
+    def many(self, function, texts, made):
+        raise RuntimeError("8 s of CPU are over")
+
+    def stop(self):
+        pass
+
+
+def test_a_source_that_fails_gives_nobody_points(tmp_path, monkeypatch):
+    """Catches full points for everybody, and no results where a mistake takes too long to name."""
+    monkeypatch.setattr(kit, "code_functions", lambda: ["rl.gae"])
+    for ours in (([], "out of memory"), ([{"advantages": []}], "")):
+        monkeypatch.setattr(kit, "Bench", lambda *_: contextlib.nullcontext(Stub(ours)))
+        if ours[1]:
+            with pytest.raises(kit.Refused, match="rl.gae: the source itself fails: out of memory"):
+                kit.grade(tmp_path, "seed", tmp_path / "results.json")
+        else:
+            kit.grade(tmp_path, "seed", tmp_path / "results.json")
+    assert {one["score"] for one in json.loads((tmp_path / "results.json").read_text())["tests"]} \
+        == {0}
+
+
+def test_a_rare_token_may_be_drawn():
+    """Catches a right sampler that fails since a token of p = 0.00002 came up once."""
+    import torch
+    said = torch.tensor([0.5, 0.49998, 0.00002]).log()
+    for times, fine in ((0, True), (1, True), (5, False)):
+        tokens = torch.tensor([0] * 300 + [1] * (300 - times) + [2] * times)
+        outcome = runs.run_draw(
+            lambda logits, temperature, generator: (tokens[:, None], said[tokens]),
+            {"logits": said.tolist(), "logprobs": said.tolist(), "temperature": 1.0,
+             "count": 600, "seed": 0})
+        assert outcome["tokens are as frequent as their p"] == fine, times
 
 
 def test_a_spy_sees_no_seed(tmp_path):
@@ -400,7 +466,7 @@ def test_a_spy_sees_no_seed(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", "Ada", "Ödön 🂡", "../../etc/passwd", "/", "\udc80",
+@pytest.mark.parametrize("name", ["Ada", "Ödön 🂡", "../../etc/passwd", "/", "\udc80",
                                   "a\nb", "x" * 10_000, "; rm -rf ~", "%s{}"])
 def test_odd_names_give_a_bug_and_a_key(name, tmp_path, capsys, monkeypatch):
     """Catches a name that is used as anything but a number."""
@@ -408,12 +474,13 @@ def test_odd_names_give_a_bug_and_a_key(name, tmp_path, capsys, monkeypatch):
         pathlib.PurePosixPath(f"{file}.py") for file in problems.FILES])
     for command, bugs in ((kit.hunt, mutants.HUNTS), (kit.attack, mutants.ATTACKS)):
         out = tmp_path / command.__name__
-        command(name, out)
+        command(name, out, "secret")
         said = capsys.readouterr().out
         assert said.startswith("key for ") and said.isascii()
         changed = [file for file in problems.FILES if (out / f"{file}.py").exists()
                    and (out / f"{file}.py").read_text("utf-8") != kit.source(file)]
-        assert changed == [kit.chosen(name, bugs).function.split(".")[0]]
+        assert changed == [kit.chosen(name, bugs, "secret").function.split(".")[0]]
+        assert kit.handed_in_json(out, f"{command.__name__}.json", None)[1] == name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["attack", "hunt"]
 
 
@@ -431,4 +498,27 @@ def test_attacks_can_be_found(our_bench):
 def test_hunts_are_different_bugs_in_every_file():
     """Catches two hunts with one fingerprint, and names that all give the same bug."""
     assert len({(m.function, m.says) for m in mutants.HUNTS}) == len(mutants.HUNTS) >= 8
-    assert len({kit.chosen(str(i), mutants.HUNTS).says for i in range(100)}) >= 8
+    for made in ([(str(i), "secret") for i in range(100)], [("Ada", str(i)) for i in range(100)]):
+        assert len({kit.chosen(name, mutants.HUNTS, secret).says for name, secret in made}) >= 8
+
+
+def test_the_hunt_of_nobody_and_tests_of_spelling(our_bench, tmp_path):
+    """Catches a hunt graded by the bug of no name, and a test that reads the source."""
+    nothing = kit.grade_hunt(our_bench, tmp_path, "secret", None)
+    assert [one["score"] for one in nothing] == [0, 0]
+    for word in ("__file__", "inspect", "open(", "hashlib"):
+        (tmp_path / "test_hunt.py").write_text(f"import rl\n\n\ndef test_it():\n    {word})\n")
+        _, test = kit.grade_hunt(our_bench, tmp_path, "secret", "Ada")
+        assert test["score"] == 0 and test["output"].startswith(word)
+        with pytest.raises(kit.Refused, match="Give the name"):
+            kit.grade_hunt(our_bench, tmp_path, "secret", None)
+
+
+def test_the_planted_split_deals_all_splits(our_bench):
+    """Catches a hunt that stops: no hand would be held out, and evaluation could deal none."""
+    mutant, = [m for m in mutants.HUNTS if m.function == "gp_env.split_of"]
+    hands = [{"cards": cards} for cards in
+             itertools.combinations_with_replacement(examples.RANKS, 4)]
+    outcomes, trouble = our_bench.outcomes(
+        "gp_env.split_of", mutants.apply(kit.source("gp_env"), mutant), hands)
+    assert not trouble and min(outcomes.count(s) for s in ("train", "val", "test")) > 100
