@@ -250,7 +250,7 @@ def test_hand_out_holds_what_it_should(hand_out):
     assert not any(name.endswith("metrics.jsonl") for name in names)
     assert not [name for name in names if name.startswith("results/") and name.endswith(".md")]
     measured = [path.parent for path in hand_out.glob("results/*/eval.jsonl")]
-    assert measured and all((folder / "args.json").exists() for folder in measured)     # for plot.py
+    assert measured and all((folder / "args.json").exists() for folder in measured)
 
 
 def run(folder, *arguments):
