@@ -62,7 +62,7 @@ def tracked_files():
 
 
 def handed_out(path):
-    """Does a file belong in a hand-out? Not tests, solutions, pictures, curves, words of results."""
+    """Does a file belong in a hand-out? Not tests, solutions, pictures, curves, written results."""
     if path.parts[0] in ("tests", ".ci", ".github"):
         return False
     if path.parts[0] == "course":
