@@ -356,7 +356,7 @@ def expert_conversation(rng, picture=None, revise=0.0, **how):
 
 # -------- 5. Pictures (GP-VL)
 
-# Pillow has no suit symbols, so they are polygons; no smooth edges: all is drawn larger, then shrunk.
+# Pillow has no suit symbols: polygons; no smooth edges: all is drawn larger, then shrunk.
 PICTURE_SIZE = (128, 64)                    # the least that can be read; the paper: 1200 x 1200
 INK = dict.fromkeys(SUITS["black"], (20, 20, 28)) | dict.fromkeys(SUITS["red"], (206, 24, 36))
 CARD_SHAPE = 14 / 9                         # height of a card over its width
