@@ -16,7 +16,7 @@ import pytest
 import gp_env
 from backbones import gp_corpus
 from backbones.gp_corpus import OTHER_PROMPTS, backbone_conversations
-from gp_env import (IN_PICTURE, PICTURE_SIZE, RULES, Hand, answer, card_numbers,
+from gp_env import (IN_PICTURE, PICTURE_SIZE, RULES, Hand, card_numbers,
                     expert_conversation, prompt, split_of)
 from test_gp_env import read_prompt
 from verifier import parse_formula, verify_gp
@@ -114,7 +114,7 @@ def test_no_answer_of_the_backbone_corpus_earns_a_reward(corpus):
             if answer["learn"]:     # the formula is right, the verifier refuses the notation
                 formula, _ = read_equation(answer["content"])
                 hand = Hand(tuple(cards), SPADES, rule, target)
-                said = answer(hand, hand.numbers, formula)
+                said = gp_env.answer(hand, hand.numbers, formula)
                 assert verify_gp(said, cards, numbers, target).correct
     assert answers > len(corpus)
 
