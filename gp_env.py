@@ -349,9 +349,8 @@ def expert_conversation(rng, picture=None, revise=0.0, **how):
         turns[0]["image"] = draw_hand(hand, int(rng.integers(2**31)), picture)
     if revise and rng.random() < revise:
         turns += _wrong_tries(rng, hand, bool(picture))
-    turns.append({"role": "assistant", "content": answer(hand, hand.numbers, formula),
-                  "learn": True})
-    return turns
+    right = answer(hand, hand.numbers, formula)
+    return turns + [{"role": "assistant", "content": right, "learn": True}]
 
 
 # -------- 5. Pictures (GP-VL)

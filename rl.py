@@ -19,7 +19,7 @@ Symbols and shapes (N is another thing in README eq. 6, parameters):
   V value: the rewards that a critic expects from here on    A advantage: how much better it went
   r reward of a try    R = A + V return (target of V)    ratio = pi_new(action) / pi_old(action)
 
-    python rl.py --task gp-l --ood             the main job: 12 minutes on two slow cores
+    python rl.py --task gp-l --ood             the main job: 10 to 12 minutes on two slow cores
     python rl.py --task gp-l --inspect         one episode, token by token
     python rl.py --task gp-l --init backbones/gp    no SFT start: RL has nothing to reward (Fig. 9)
 

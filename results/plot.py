@@ -650,25 +650,49 @@ def shift_panel(title, levels, arms, joined):
 PAPER_TRIES = {1: 0.48, 3: 2.15, 5: 2.99, 10: 5.99}
 
 
+TRIES_CELLS = {"held-out/ood": "rule OOD", "held-out/id": "ID"}
+TRIES_MEASURES = ("first_try", "fresh", "success")
+
+
+def runs_by_tries(folders):
+    """{tries in training: {seed: Run}} of those of RL's runs that measured both their ends.
+
+    Raises Problem where two runs claim one place, or none is left.
+    """
+    found = {}
+    for run in read_runs(folders, "gp-l"):
+        first, last = run.rows[0], run.rows[-1]
+        if run.kind != "rl":
+            continue
+        if first["step"] or first is last or any(
+                rate(row, cell, measure) is None for row in (first, last)
+                for cell in TRIES_CELLS for measure in TRIES_MEASURES):
+            print(f"left out: {run.folder}, which lacks its start, its end or a measure")
+            continue
+        other = found.setdefault(run.settings["tries"], {}).setdefault(run.seed, run)
+        if other is not run:
+            raise Problem(f"{other.folder} and {run.folder} have the same tries and seed: name "
+                          "runs that differ in nothing else")
+    if not found:
+        raise Problem("no run of rl.py that measured start and end on held-out hands, ID and OOD")
+    return dict(sorted(found.items()))
+
+
 def plot_tries(folders, path):
     """What RL gains over its start by the tries that it had in training: the paper's Fig. 10.
 
     folders: runs of gp-l that differ in tries, and in episodes so that compute is the same. Points
     are means over seeds, bars reach from the lowest to the highest. Prints the t intervals.
     """
-    runs = [run for run in read_runs(folders, "gp-l")
-            if run.kind == "rl" and run.rows[0]["step"] == 0 and len(run.rows) > 1]
-    tries = sorted({run.settings["tries"] for run in runs})
-    panels, lines = [], []
-    for cell, title in (("held-out/ood", "rule OOD"), ("held-out/id", "ID")):
+    tries, panels, lines = runs_by_tries(folders), [], []
+    for cell, title in TRIES_CELLS.items():
         series = []
-        for number, measure in enumerate(("first_try", "fresh", "success")):
+        for number, measure in enumerate(TRIES_MEASURES):
             look = {"label": HANDS[measure], "colour": ARMS["rl"][1][number]}
             middle = []
-            for place, count in enumerate(tries, 1):
-                ends = [[rate(run.rows[at], cell, measure) for at in (0, -1)]
-                        for run in runs if run.settings["tries"] == count]
-                gains = [100 * (end - start) for start, end in ends]
+            for place, (count, runs) in enumerate(tries.items(), 1):
+                gains = [100 * (rate(run.rows[-1], cell, measure)
+                                - rate(run.rows[0], cell, measure)) for run in runs.values()]
                 x, low_high = place + 0.08 * (number - 1), t_interval(gains)
                 series.append(look | {"points": [(x, mean(gains), min(gains), max(gains))]})
                 middle.append((x, *[mean(gains)] * 3))

@@ -642,6 +642,8 @@ def test_self_check_passes_and_says_what_it_saw(tiny):
     """Catches a self-check that fails on a good batch."""
     _, rows, episodes = fresh_batch(tiny, settings())
     assert rl.complaints(rows, episodes, tiny, "train", 0.6) == []
+    rows[0]["logprobs"][0] += 3e-4          # rounding, once in many tokens
+    assert rl.complaints(rows, episodes, tiny, "train", 0.6) == []
     told = rl.self_check(rows, episodes, tiny, "train")
     assert f"{totals(rows)[0]} tokens" in told and "no held-out" in told
 
@@ -827,6 +829,10 @@ def test_an_update_with_nothing_to_learn_takes_no_step(rigged, monkeypatch, caps
     monkeypatch.setattr(gp_env, "GeneralPoints", lambda **how: Rigged(6, **how))
     printed = train(monkeypatch, capsys, "run", "--updates", 2, "--tries", 1, "--split", "all")
     assert printed.count("nothing to learn") == 2
+    row = dict.fromkeys(("success", "per_step", "reward", "approx_kl", "clipfrac",
+                         "seconds_collect", "seconds_update"), 0.0)
+    row |= {"step": 1, "explained_variance": None}
+    assert "CUT OFF 50.0%" in rl.one_line(row | {"cut": 0.5}, can_learn=False)
     for name in ("metrics.jsonl", "eval.jsonl"):
         for line in (rigged / "run" / name).read_text().splitlines():
             assert json.loads(line, parse_constant=lambda constant: pytest.fail(constant))
