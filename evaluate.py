@@ -612,7 +612,9 @@ def evaluate_run(args, cells):
         raise Problem(f"--run {folder}: no checkpoint {missing or 'at all'} there")
     if args.strip:
         return show_strip(args, found)
-    how = {key: getattr(args, key) for key in ("hands", "tries", "temperature", "batch", "dtype")}
+    how = {key: getattr(args, key) for key in (
+        "hands", "tries", "temperature", "batch", "dtype", "max_new_tokens", "blindfold",
+        "picture_size", "announce", "routes", "other_routes")}
     path = folder / "eval.jsonl"
     rows = {row["step"]: row for row in sft.read_lines(path)}
     trained = {row["step"]: row for row in sft.read_lines(folder / "metrics.jsonl")}
@@ -621,12 +623,12 @@ def evaluate_run(args, cells):
         spent = trained.get(step, {}).get("flops_spent", flops)     # SFT: all that is charged
         row = rows.setdefault(step, {"step": step, "hands": args.hands, "how": how, "flops": flops,
                                      "flops_spent": spent, "cells": {}})
+        if row.get("how", how) != how:
+            raise Problem(f"{path}: measured with {row['how']}: give the same flags, or move it")
         lacking = dict.fromkeys(cell for cell, split in cell_splits(cells, args.splits, args.task)
                                 if f"{SPLIT_NAMES[split]}/{cell}" not in row["cells"])
         if not lacking:
             continue
-        if row.get("how", how) != how:
-            raise Problem(f"{path}: measured with {row['how']}: give the same flags, or move it")
         print(f"step {step}")
         row["cells"] |= measure_model(args, sft.open_backbone(args, checkpoint), lacking)[0]
         aside = path.with_suffix(".tmp")
@@ -675,25 +677,20 @@ def show_more(results):
                   f"action {m['whole_right']:.1%}")
 
 
-def show_transcripts(episodes, count, beside=None):
-    """Print conversations, half of them solved; of a walk the first three positions.
-
-    beside: another model's episodes of the same hands: its tries stand under the first one's.
-    """
-    pairs = list(zip(episodes, beside or episodes))
-    good = [pair for pair in pairs if solved(pair[0])][:count - count // 2]
-    failed = [pair for pair in pairs if not solved(pair[0])][:count - len(good)]
-    for one, other in good + failed:
-        for episode in (one, other) if beside else (one,):
-            print("\n" + "=" * 30, "solved" if solved(episode) else "not solved", "=" * 30)
-            prompt, talks = episode.prompt, positions(episode)
-            for at, tries in enumerate(talks[:3], 1):
-                print(prompt if episode is one or at > 1 else "The same, by the model beside:")
-                for turn in tries:
-                    # at a new position the environment's words are the next prompt, no message
-                    prompt, moved = turn.message, turn is tries[-1] and at < len(talks)
-                    said = turn.verdict.message if moved else turn.message
-                    print(f"  model     {turn.text}\n  verifier  [{turn.reward:+.1f}] {said}")
+def show_transcripts(episodes, count):
+    """Print conversations, half of them solved; of a walk the first three positions."""
+    good = [episode for episode in episodes if solved(episode)][:count - count // 2]
+    failed = [episode for episode in episodes if not solved(episode)][:count - len(good)]
+    for episode in good + failed:
+        print("\n" + "=" * 30, "solved" if solved(episode) else "not solved", "=" * 30)
+        prompt, talks = episode.prompt, positions(episode)
+        for at, tries in enumerate(talks[:3], 1):
+            print(prompt)
+            for turn in tries:
+                # at a new position the environment's words are the next prompt, no message
+                prompt, moved = turn.message, turn is tries[-1] and at < len(talks)
+                said = turn.verdict.message if moved else turn.message
+                print(f"  model     {turn.text}\n  verifier  [{turn.reward:+.1f}] {said}")
 
 
 def show_strip(args, models):
@@ -748,17 +745,14 @@ def flags(argv=None):
     add("--batch", type=int, default=256, help="episodes at once (default 256; V-IRL: 64)")
     add("--blindfold", action="store_true", help="-vl: grey in place of every picture")
     add("--show", type=int, default=0, metavar="N", help="print N transcripts a cell")
-    add("--beside", metavar="MODEL", help="another one, on the same hands: see --show")
     add("--strip", metavar="HAND", help='gp-l: how --run or --model reads the jack of "10 A 2 J"')
     walks = {"hands": 180, "batch": 64}
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), walks), {}, argv)
     for cell in args.cells or ():
         if cell not in TASK_CELLS[args.task]:
             raise Problem(f"--cells {cell}: {args.task} has {', '.join(TASK_CELLS[args.task])}")
-    if args.blindfold and not pictured(args.task):
-        raise Problem("--blindfold: add --task gp-vl or virl-vl")
-    if args.strip and args.task != "gp-l" or args.beside and (args.run or args.strip):
-        raise Problem("--strip is for gp-l; --beside: without --run and --strip")
+    if args.run and not args.strip and (args.out or args.show):
+        raise Problem("--run writes eval.jsonl there: no --out; --show goes with --model")
     return args
 
 
@@ -774,16 +768,14 @@ def main():
     if args.out:
         open(args.out, "a").close()         # a path that fails, fails now
     print(f"{args.model} on {args.task}: {args.hands} episodes a cell")
-    other = sft.open_backbone(args, args.beside) if args.beside else None
     results, episodes = measure_model(args, sft.open_backbone(args), cells)
-    beside = measure_model(args, other, cells)[1] if other else {}
     if args.out:                            # before anything long is printed
         pathlib.Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
     show(results)
     show_more(results)
     for name in episodes if args.show else ():
         print("\n#", name)
-        show_transcripts(episodes[name], args.show, beside.get(name))
+        show_transcripts(episodes[name], args.show)
 
 
 if __name__ == "__main__":

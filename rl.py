@@ -211,8 +211,8 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns False, and advantages of 0, where several episodes were all paid alike: nothing tells a
-    good answer from a bad one, and normalising would make the critic's rounding look like a lesson.
+    Returns False, and advantages of 0, where several episodes, or all their tries, were paid alike:
+    nothing tells good from bad, and normalising would make a lesson of the critic's rounding.
     """
     # An episode may lie in several rows. What follows the last try at a position is V of the next
     # position, read in ANOTHER row: forgetting the words ends a conversation, not the episode.
@@ -227,7 +227,7 @@ def add_advantages(rows, episodes, gamma, lam):
         returns.append(r)
     paid = {tuple(turn.reward for turn in episode.turns) for episode in episodes}
     advantages, returns = torch.cat(advantages), torch.cat(returns)                # (tries,) each
-    can_learn = len(paid) > 1 or len(episodes) == 1
+    can_learn = len(paid) > 1 and len(set().union(*paid)) > 1 or len(episodes) == 1
     advantages = normalised(advantages) if can_learn else torch.zeros_like(advantages)
     for row in rows:
         at = [order[t] for t in row["tries"]]
@@ -564,6 +564,8 @@ def inspect(args):
     rows = conversations(episodes)
     score_all(backbone, policy.head, rows, args.temperature, args.micro_batch)
     add_advantages(rows, episodes, args.gamma, args.lam)
+    if args.advantage == "right":
+        only_right(rows, episodes)
     print(self_check(rows, episodes, backbone, args.split, args.temperature))
     row = max(rows, key=lambda r: len(r["tries"]))
     print("pos  token                     mask   log p")
@@ -598,7 +600,10 @@ def make_start(args):
     if not (path / "state.pt").exists():
         backbone = sft.open_backbone(wanted)
         sft.answer_length(backbone, args, args.tries)       # before the work, not after it
-        sft.run_sft(wanted, folder, step, backbone)
+        aside = folder.with_name(f"{folder.name}-{time.time_ns()}")  # others may make it, too
+        sft.run_sft(wanted, aside, step, backbone)
+        if not folder.exists():
+            aside.rename(folder)
     return path
 
 

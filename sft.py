@@ -34,6 +34,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import string
 import sys
 import time
@@ -45,6 +46,7 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if pathlib.Path(sys.argv[0]).name in ("sft.py", "evaluate.py", "rl.py"):
     print("loading torch", flush=True)          # takes seconds: a first sign of life
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C: no traceback, see `guarded`
 
 import numpy as np
 import torch
@@ -521,17 +523,17 @@ def open_run(folder, args, kind):
     """Create a run folder and write args.json, or check that --resume goes on with the same run."""
     folder = pathlib.Path(folder)
     known = folder / "args.json"
+    code = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(HERE.glob("*.py")))).hexdigest()
     settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in FREE}
-    for key in ("model", "init"):       # the same run, however its folder is spelt
+    for key in ("model", "init", "routes", "other_routes"):     # however a folder is spelt
         if settings.get(key) and pathlib.Path(settings[key]).exists():
             settings[key] = os.path.relpath(settings[key], HERE)
     if known.exists() or checkpoints(folder):
         if not args.resume:
             raise Problem(f"{folder} holds a run already: --resume it, or give another --out")
-        try:
-            before = json.loads(known.read_text())
-        except (OSError, ValueError):
-            raise Problem(f"{known} is missing or damaged: give another --out") from None
+        before = json.loads(known.read_text())
+        if before.pop("code", code) != code:
+            tqdm.write(f"--resume: the scripts are no longer those that {folder} began with")
         for key, value in before.items():
             if settings.get(key, value) != value:
                 flag = "--" + key.replace("_", "-")
@@ -545,7 +547,7 @@ def open_run(folder, args, kind):
         except OSError:
             raise Problem(f"{folder} is in use by another run: give another --out") from None
     aside = known.with_suffix(".tmp")
-    aside.write_text(json.dumps(settings, indent=1) + "\n")
+    aside.write_text(json.dumps(settings | {"code": code}, indent=1) + "\n")
     aside.rename(known)
     return folder
 
@@ -567,11 +569,11 @@ def load_backbone(name, device="cpu", grad_checkpoint=False, dtype="float32"):
     from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
                               AutoTokenizer, GenerationConfig)
     from transformers.utils import logging
-    logging.disable_progress_bar()
     logging.set_verbosity_error()
     folder = pathlib.Path(name)
     # a hub name is "owner/model"
     local = folder.is_absolute() or str(name).count("/") != 1 or folder.parent.exists()
+    logging.disable_progress_bar() if local else logging.enable_progress_bar()  # of a download
     if local and not (folder / "config.json").exists():
         raise Problem(f"{name}: no config.json there; give a checkpoint or a hub name")
     try:        # a folder from elsewhere runs no code here: neither its modules nor a pickle
@@ -687,7 +689,8 @@ def answer_length(backbone, args, tries=1):
     --max-new-tokens overrules it. Raises Problem if a conversation does not fit into the model.
     """
     name, rng = args.task.split("-")[0], np.random.default_rng(0)
-    options = {"split": getattr(args, "split", "val")} | game_options(args)
+    options = game_options(args) | {"split": getattr(args, "split", "val"),
+                                    "revise": getattr(args, "revise", 0.0)}
     rows = [encode(backbone, ENVIRONMENTS[name].expert_conversation(rng, **options | rule))
             for _ in range(32) for rule in ({}, OTHER_RULE[name])]
     longest = max(sum(row["mask"]) for row in rows)        # its end token included
@@ -961,6 +964,7 @@ PRESETS = {"gp-l": PAPER, "gp-vl": PAPER | SEEN, "virl-l": PAPER | WALKS,
 def guarded(main):
     """Run a script's main(): what the user can put right ends in one clear line, exit code 2."""
     name = pathlib.Path(sys.argv[0]).name
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):     # print any words that a model says, line by line
         getattr(stream, "reconfigure", dict)(errors="replace", line_buffering=True)
     try:
@@ -974,10 +978,11 @@ def guarded(main):
     except OSError as error:            # "No space left on device", among others
         said = f"{error}; nothing saved before is lost"
     except (MemoryError, torch.OutOfMemoryError):
-        said = ("out of memory: lower --micro-batch or add --grad-checkpoint (training), lower "
-                "--sample-batch or --batch (sampling), and run it again, training with --resume")
+        said = ("out of memory: lower --micro-batch or add --grad-checkpoint (training; then "
+                "--resume), lower --sample-batch or --batch (sampling; with another --out)")
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; training goes on with --resume", file=sys.stderr)
+        more = "; --resume goes on" * (name != "evaluate.py")
+        print(f"\n{name}: stopped{more}", file=sys.stderr)
         return 130
     print(f"{name}: {said}", file=sys.stderr)
     return 2
@@ -1020,8 +1025,9 @@ def parse_flags(parser, task_defaults, presets, argv=None):
     run = pathlib.Path(getattr(first, "run", None) or pathlib.Path(first.model or "").parent)
     if not presets and (run / "args.json").exists():
         trained = json.loads((run / "args.json").read_text())
+        trained["splits"] = ["all"] if trained.get("split") == "all" else ["train", "test"]
         same = ("task", "routes", "other_routes", "picture_size", "announce", "dtype",
-                "max_new_tokens")
+                "max_new_tokens", "splits")
         parser.set_defaults(**{key: trained[key] for key in same if key in trained})
         first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**task_defaults.get(first.task, {}))
@@ -1038,6 +1044,8 @@ def parse_flags(parser, task_defaults, presets, argv=None):
     picture_size(args.picture_size)
     fits = {"--picture-size": pictured(args.task) or not args.picture_size,
             "--no-announce": args.task == "virl-vl" or args.announce,
+            "--strip": args.task == "gp-l" or not getattr(args, "strip", None),
+            "--blindfold": pictured(args.task) or not getattr(args, "blindfold", False),
             "--vary-rule": args.task.startswith("gp") or not getattr(args, "vary_rule", False),
             "--drop-pictures": pictured(args.task) or not getattr(args, "drop_pictures", False),
             "--routes": args.task.startswith("virl") or not (args.routes or args.other_routes)}

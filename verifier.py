@@ -245,7 +245,6 @@ class Verdict:
     kind: str                   # a key of GP_REWARDS
     reward: float               # without "out of tries"
     message: str                # one clause or more
-    value: Fraction | None      # of the formula; None if illegal
     cards_right: bool           # `cards` is the hand, in any order
     numbers_right: bool         # `number` is what the hand counts under the rule that scores
 
@@ -270,28 +269,28 @@ def compare(used, numbers):
 
 
 def _judge_formula(formulas, answer_length, numbers, target):
-    """(kind, message, value) of the formula fields found in an answer."""
+    """(kind, message) of the formula fields found in an answer."""
     say = GP_MESSAGES
     if answer_length > MAX_ANSWER:
-        return "illegal", say["too long"], None
+        return "illegal", say["too long"]
     if len(formulas) != 1:      # several guesses in one answer would be tries that nobody counts
-        return "illegal", say["two formulas" if formulas else "no formula"], None
+        return "illegal", say["two formulas" if formulas else "no formula"]
     try:
         value, used, right = parse_formula(formulas[0])
     except IllegalFormula as error:
         why = ILLEGAL_WHY[error.why]
-        return "illegal", say["illegal"].format(token=error.token, why=why), None
+        return "illegal", say["illegal"].format(token=error.token, why=why)
     parts = []
     for name, wrong in zip(("foreign", "overused", "missing"), compare(used, numbers)):
         if wrong:
             parts.append(say[name].format(numbers=" and ".join(map(str, wrong[:4]))))
     if parts:
-        return "wrong numbers", "; ".join(parts), value
+        return "wrong numbers", "; ".join(parts)
     if value != target:
-        return "wrong value", say["wrong value"].format(value=value, target=target), value
+        return "wrong value", say["wrong value"].format(value=value, target=target)
     if right is not None and right != target:
-        return "wrong value", say["wrong side"].format(target=target), value
-    return "correct", say["correct"], value
+        return "wrong value", say["wrong side"].format(target=target)
+    return "correct", say["correct"]
 
 
 def verify_gp(text, cards, numbers, target=24, picture=False):
@@ -304,14 +303,14 @@ def verify_gp(text, cards, numbers, target=24, picture=False):
     fields = read_answer(text[:MAX_ANSWER])
     cards_right = Counter(c.upper() for c in fields["cards"]) == Counter(cards)
     numbers_right = Counter(fields["number"]) == Counter(str(n) for n in numbers)
-    kind, message, value = _judge_formula(fields["formula"], len(text), numbers, target)
+    kind, message = _judge_formula(fields["formula"], len(text), numbers, target)
     reward = GP_REWARDS[kind]
     if picture and not cards_right:
         # a right formula over a misread hand stays "correct" and ends the episode, at 5 - 1.5
         reward += GP_REWARDS["misread cards"]
         misread = GP_MESSAGES["misread"]
         message = misread if kind == "correct" else f"{misread}; {message}"
-    return Verdict(kind, reward, message, value, cards_right, numbers_right)
+    return Verdict(kind, reward, message, cards_right, numbers_right)
 
 
 # -------- 4. The verdict on a walk: the action, and what an answer claims to see

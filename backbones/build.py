@@ -27,16 +27,18 @@ in the place of the shipped one. Read before: sft.py, and gp_corpus.py or virl_c
 import argparse
 import math
 import pathlib
+import shlex
 import string
 import sys
 
+# Before torch: sft says how its threads are to wait.
+from sft import (TRAINING_CITY, Problem, checkpoints, encode, guarded, load_backbone, pad,
+                 picture_parameters, save_checkpoint, train, trunk, wrap_backbone)
 import numpy as np
 import torch
 
 from backbones import gp_corpus, virl_corpus
 from gp_env import PICTURE_SIZE
-from sft import (TRAINING_CITY, Problem, checkpoints, encode, guarded, load_backbone, pad,
-                 picture_parameters, save_checkpoint, train, trunk, wrap_backbone)
 
 HERE = pathlib.Path(__file__).resolve().parent
 CORPORA = {"gp": gp_corpus, "virl": virl_corpus}
@@ -452,7 +454,8 @@ def main():
         print(f"installed as backbones/{name}")
     else:
         print(f"To put it in the place of backbones/{name}:\n    python -m backbones.build "
-              f"{args.what} --seed {args.seed} --steps {steps} --out {folder} --resume --install")
+              f"{args.what} --seed {args.seed} --steps {steps} --out {shlex.quote(str(folder))} "
+              "--resume --install")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import math
 import pathlib
 import pickle
 import re
+import shlex
 import sys
 import zlib
 from dataclasses import dataclass
@@ -701,7 +702,7 @@ def main():
     except (ValueError, OSError) as problem:
         print(f"generate.py: {problem}", file=sys.stderr)
         return 2
-    print(f"Now try: python virl_env.py --routes {args.folder}")
+    print(f"Now try: python virl_env.py --routes {shlex.quote(str(args.folder))}")
     return 0
 
 

@@ -546,6 +546,7 @@ def main():
         made.add_argument("out", type=pathlib.Path)
         made.add_argument("--seed", required=True, help="a secret, or @FILE that holds it")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")    # any answer, on any terminal
     try:
         if args.command == "blank":
             blank(args.out, args.only)
@@ -553,6 +554,8 @@ def main():
             return 0 if check(args.functions) else 1
         elif args.command == "grade":
             seed = read_seed(args.seed)
+            if not args.out.parent.is_dir():
+                raise Refused(f"--out {args.out}: there is no such folder")
             forget_arguments()
             hide()
             grade(args.folder, seed, args.out, args.name)

@@ -67,6 +67,8 @@ def main():
     parser.add_argument("--models", nargs="+", required=True, help="checkpoints to measure")
     parser.add_argument("--hands", type=int, default=256, help="answers a cell (default 256)")
     args = sft.parse_flags(parser, {}, {})
+    if args.out:
+        open(args.out, "a").close()         # a path that fails, fails now
     start, found = sft.open_backbone(args, args.start), []
     longest = sft.answer_length(start, args)
     asked = {cell: first_answers(start, cell, args.task, args.hands, longest)
@@ -78,10 +80,10 @@ def main():
             row |= {f"{cell} policy||start": divergence(policy, start, own),
                     f"{cell} start||policy": divergence(start, policy, rows)}
         found.append(row)
+        if args.out:                        # before a pipe can close
+            pathlib.Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
         print(name, *(f"{key} {value[0]:.2f} +-{1.96 * value[1]:.2f}"
                       for key, value in row.items() if "||" in key), sep="   ", flush=True)
-    if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -121,9 +121,9 @@ def settings_of(args):
     >>> settings_of({"seed": 2, "lr": 0.1, "init": "runs/start-s2/step-000060"})
     {'lr': 0.1, 'init': 'runs/start-s*/step-000060'}
     """
-    # how a run was watched and kept while it went on changes nothing of it
+    # how a run was watched and kept changes nothing of it; the scripts may differ by a comment
     settings = {key: value for key, value in args.items()
-                if key not in ("seed", "save_every") and not key.startswith("eval_")}
+                if key not in ("seed", "code", "save_every") and not key.startswith("eval_")}
     for key in ("model", "init"):
         if isinstance(settings.get(key), str):
             settings[key] = re.sub(rf"(?<![A-Za-z0-9])(s|seed){args['seed']}(?![0-9])", r"\1*",

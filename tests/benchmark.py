@@ -170,7 +170,7 @@ def stopwatch(device):
 
 def matrix_rate(device, dtype):
     """FLOP/s of multiplying large square matrices here: what nothing can be faster than."""
-    size, repeats = (8192, 10) if device.type == "cuda" else (768, 1)
+    size, repeats = (8192, 10) if device.type == "cuda" else (384, 1)
     # Noise: a GPU that multiplies constants takes less power and runs faster than on real numbers.
     a = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0))
     a, best = a.to(dtype), math.inf

@@ -73,7 +73,7 @@ def verify_gp(text, cards, numbers, target=24, picture=False):
     fields = read_answer(text[:MAX_ANSWER])
     seen = sorted(c.upper() for c in fields["cards"]) == sorted(cards)
     counted = sorted(fields["number"]) == sorted(map(str, numbers))
-    kind, value = "illegal", None
+    kind = "illegal"
     if len(text) <= MAX_ANSWER and len(fields["formula"]) == 1:
         try:
             value, used, right = parse_formula(fields["formula"][0])
@@ -87,7 +87,7 @@ def verify_gp(text, cards, numbers, target=24, picture=False):
             else:
                 kind = "correct"
     reward = GP_REWARDS[kind] + (GP_REWARDS["misread cards"] if picture and not seen else 0)
-    return Verdict(kind, reward, "in my own words", value, seen, counted)
+    return Verdict(kind, reward, "in my own words", seen, counted)
 '''
 solutions("verifier.verify_gp", [GP, GP.replace('"in my own words"', '""').replace(
     "sorted(used) != sorted(numbers)", "any(compare(used, numbers))") + '''
@@ -119,7 +119,7 @@ def verify_gp(text, cards, numbers, target=24, picture=False):
     if picture and not seen:
         reward = reward - 1.5
     return types.SimpleNamespace(kind=kind, reward=reward, correct=kind == "correct", message="",
-                                 value=value, cards_right=seen, numbers_right=Counter(
+                                 cards_right=seen, numbers_right=Counter(
                                      fields["number"]) == Counter(str(n) for n in numbers))
 ''', GP.replace("sorted(used) != sorted(numbers)",
                 "len(used) != 4 or sorted(used) != sorted(numbers)")], [

@@ -623,6 +623,9 @@ def test_every_checkpoint_of_a_run_is_played_once(tiny, tmp_path, monkeypatch, c
     code, error = command(monkeypatch, capsys, evaluate, "--run", tmp_path, *QUICK)
     assert code == 0, error
     assert path.read_text() == whole
+    # where nothing was held out, no cell may be called so
+    (tmp_path / "args.json").write_text('{"split": "all"}')
+    assert evaluate.flags(["--run", str(tmp_path)]).splits == ["all"]
 
 
 @pytest.mark.parametrize("args, more, words", [
@@ -631,6 +634,7 @@ def test_every_checkpoint_of_a_run_is_played_once(tiny, tmp_path, monkeypatch, c
     ({}, ["--batch", 1], ["batch"]),
     ({}, ["--hands", 3], ["hands"]),
     ({}, ["--dtype", "bfloat16"], ["float32"]),
+    ({}, ["--max-new-tokens", 3], ["max_new_tokens"]),
 ])
 def test_a_run_is_measured_in_one_way(model, tmp_path, monkeypatch, capsys, args, more, words):
     """Catches cells of another game, temperature or dtype in the row of a run; and, where nothing
@@ -684,30 +688,6 @@ def test_results_are_written_and_transcripts_shown(model, tmp_path, monkeypatch,
     assert "CUT OFF" in out
     results = json.loads((tmp_path / "found.json").read_text())
     assert len(results) == 2 * len(evaluate.CELLS)
-
-
-def test_two_models_are_shown_side_by_side(tiny, model, tmp_path, monkeypatch, capsys):
-    """Catches the prompt printed twice, tries on another hand, and one model's answers twice."""
-    other = copy.deepcopy(tiny)
-    with torch.no_grad():
-        for parameter in other.model.parameters():
-            parameter.copy_(parameter.flip(0))
-    sft.save_checkpoint(tmp_path / "other", other)
-    monkeypatch.setattr(evaluate, "solved", lambda episode: False)
-    flags = [*QUICK, "--tries", 2, "--temperature", 0, "--show", 2]
-    code, out, error = shown(monkeypatch, capsys, evaluate, "--model", model, *flags, "--beside",
-                             tmp_path / "other")
-    assert code == 0, error
-    said = {}
-    for name in (model, tmp_path / "other"):
-        code, single, error = shown(monkeypatch, capsys, evaluate, "--model", name, *flags)
-        assert code == 0, error
-        said[name] = [line for line in single.splitlines() if line.startswith("  model ")]
-    assert out.count("[Cards]") == 2
-    first, second = (said[name] for name in said)
-    assert first != second and len(first) == len(second) == 4
-    assert [line for line in out.splitlines() if line.startswith("  model ")] == [
-        *first[:2], *second[:2], *first[2:], *second[2:]]
 
 
 def test_results_are_written_before_anything_is_printed(model, tmp_path, monkeypatch):
@@ -828,12 +808,12 @@ def test_strip_of_a_run_has_a_line_for_each_checkpoint(tiny, tmp_path, monkeypat
     (["--strip", "1 A 2 J"], ["--strip"]),
     (["--strip", "J J J J"], ["--strip", "make 24"]),
     (["--strip", ""], ["--strip", "empty"]),
-    (["--strip", "10 A 2 J", "--task", "virl-l"], ["--strip", "gp-l"]),
+    (["--strip", "10 A 2 J", "--task", "virl-l"], ["--strip", "--task"]),
     (["--strip", "10 A 2 J", "--out", "nowhere/strip.jsonl"], ["nowhere"]),
     (["--strip", "10 A 2 J", "--run", "empty"], ["empty"]),
     (["--strip", "10 A 2 J", "--run", "runs", "--steps", "1", "999"], ["999"]),
-    (["--beside", "nowhere"], ["nowhere"]),
-    (["--beside", "nowhere", "--run", "runs"], ["--beside"]),
+    (["--run", "runs", "--show", "2"], ["--show", "--model"]),
+    (["--run", "runs", "--out", "x.json"], ["--out"]),
     (["--hands", "0"], ["--hands"]),
     (["--batch", "0"], ["--batch"]),
     (["--temperature", "-1"], ["--temperature"]),

@@ -362,6 +362,11 @@ def test_episodes_paid_alike_teach_the_policy_nothing(tiny):
     assert same(tiny.model.state_dict(), before) and not same(head.state_dict(), critic)
     _, rows, episodes = fresh_batch(tiny, args, solve_ats=(6, 6, 1))
     assert rl.add_advantages(rows, episodes, 0.9, 0.95) is True
+    # walks of unlike length, all right: every answer earned the same
+    for turn in (turn for episode in episodes for turn in episode.turns):
+        turn.reward = 1.0
+    assert len({len(episode.turns) for episode in episodes}) == 2
+    assert rl.add_advantages(rows, episodes, 0.9, 0.95) is False
 
 
 # ------------------------------------------------------------------------------------------------
@@ -890,6 +895,16 @@ def test_start_is_made_once_and_counted(rigged, monkeypatch, capsys):
         other.model.get_output_embeddings().weight[0] += 1
     sft.save_checkpoint("model", other)
     assert len(go("--out", "three")) == 2 and start.stat().st_mtime_ns == made
+    # two runs that make the same start at once: the one that comes second uses the first one's
+    taught = sft.run_sft
+
+    def overtaken(wanted, aside, step, backbone):
+        taught(wanted, aside, step, backbone)
+        shutil.copytree(aside, str(aside).rpartition("-")[0])
+
+    monkeypatch.setattr(sft, "run_sft", overtaken)
+    path = rl.make_start(rl.flags([*map(str, QUICK), "--seed", "1"]))
+    assert sft.load_state(path)["tokens"] > 0
 
 
 def table_of(printed):

@@ -798,6 +798,16 @@ def test_a_script_speaks_before_torch_is_loaded():
     assert said.startswith("loading torch\nusage: sft.py")
 
 
+def test_ctrl_c_while_torch_loads_leaves_no_traceback():
+    """Catches forty lines of imports for a student who has changed his mind."""
+    process = subprocess.Popen([sys.executable, sft.HERE / "sft.py", "--help"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "loading torch\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--model", "nowhere"], ["nowhere"]),
     (["--batch", "0"], ["--batch"]),
@@ -864,8 +874,12 @@ def test_run_folders_are_not_mixed_up(model, tmp_path, monkeypatch, capsys):
     code, error = go("--resume", "--micro-batch", 1, "--model", f"{tmp_path}/a model/")
     assert code == 0, error
     assert files_of(tmp_path / "my run" / "step-000002") == before
-    (tmp_path / "my run" / "args.json").write_text('{"kind": "sft"')
-    assert_one_line(*go("--resume"), "args.json")
+    # an edit in between makes another experiment of it: said, not forbidden
+    known = tmp_path / "my run" / "args.json"
+    assert "no longer" not in shown(monkeypatch, capsys, sft, *flags, "--resume")[1]
+    known.write_text(known.read_text().replace('"code": "', '"code": "0'))
+    assert "no longer those that my run began with" in shown(
+        monkeypatch, capsys, sft, *flags, "--resume")[1]
 
 
 @pytest.mark.parametrize("error, code, word", [
