@@ -45,8 +45,8 @@ from types import SimpleNamespace
 # another program.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if pathlib.Path(sys.argv[0]).name in ("sft.py", "evaluate.py", "rl.py"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C among the imports: no traceback
     print("loading torch", flush=True)          # takes seconds: a first sign of life
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C: no traceback, see `guarded`
 
 import numpy as np
 import torch
@@ -525,7 +525,7 @@ def open_run(folder, args, kind):
     known = folder / "args.json"
     code = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(HERE.glob("*.py")))).hexdigest()
     settings = {"kind": kind} | {k: v for k, v in vars(args).items() if k not in FREE}
-    for key in ("model", "init", "routes", "other_routes"):     # however a folder is spelt
+    for key in ("model", "init"):       # the same run, however its folder is spelt
         if settings.get(key) and pathlib.Path(settings[key]).exists():
             settings[key] = os.path.relpath(settings[key], HERE)
     if known.exists() or checkpoints(folder):
@@ -964,7 +964,7 @@ PRESETS = {"gp-l": PAPER, "gp-vl": PAPER | SEEN, "virl-l": PAPER | WALKS,
 def guarded(main):
     """Run a script's main(): what the user can put right ends in one clear line, exit code 2."""
     name = pathlib.Path(sys.argv[0]).name
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # from here on caught below
     for stream in (sys.stdout, sys.stderr):     # print any words that a model says, line by line
         getattr(stream, "reconfigure", dict)(errors="replace", line_buffering=True)
     try:

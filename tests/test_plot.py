@@ -455,7 +455,8 @@ def test_gains_by_tries_in_training_by_hand(tmp_path, monkeypatch, capsys):
     assert "| ID, in conversation | 5 | +25.0 [-38.5, +88.5] | +30.0, +20.0 |" in printed
     assert "| ID, first answer | 1 | +0.0 [+0.0, +0.0] | +0.0, +0.0 |" in printed
     write_run(tmp_path / "no fresh", "rl", 0, {0: 0.1, 20: 0.9}, tries=3)
-    assert "left out: " in shown(monkeypatch, capsys, plot, tmp_path, "--tries")[1]
+    assert "left out: " in shown(monkeypatch, capsys, plot, tmp_path, "--tries", "--out",
+                                 tmp_path / "tries.png")[1]
     write_run(tmp_path / "twice", "rl", 0, {0: 0.1, 20: 0.9}, tries=1, lr=3.0,
               more={"first_try": 0.5, "fresh": 0.5})
     assert_one_line(*command(monkeypatch, capsys, plot, tmp_path, "--tries"), "twice")
