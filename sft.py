@@ -978,8 +978,8 @@ def guarded(main):
     except OSError as error:            # "No space left on device", among others
         said = f"{error}; nothing saved before is lost"
     except (MemoryError, torch.OutOfMemoryError):
-        said = ("out of memory, try again: training with a lower --micro-batch or --grad-checkpoint, "
-                "and --resume; sampling with a lower --batch, or --sample-batch and another --out")
+        said = ("out of memory, try again: train with a lower --micro-batch or --grad-checkpoint, "
+                "and --resume; sample with a lower --batch, or --sample-batch and another --out")
     except KeyboardInterrupt:
         more = "; --resume goes on" * (name != "evaluate.py")
         print(f"\n{name}: stopped{more}", file=sys.stderr)
