@@ -24,7 +24,7 @@ Shapes: B episodes in a batch, W new tokens of the longest, V vocabulary.
     python evaluate.py --ood --run runs/sft-gp-l-s0                          every checkpoint
     python evaluate.py --strip "10 A 2 J" --run runs/sft-gp-l-s0             how it reads the jack
 
-Read before: sft.py. Read next: rl.py. On a first reading part 4 can wait.
+Read before: sft.py. Read next: rl.py. On a first reading parts 2 and 3 are enough.
 """
 
 import argparse
@@ -246,10 +246,10 @@ def draw(logits, temperature, generator=None):
 
 
 class SlotLayer(DynamicLayer):
-    """Keys and values (B, heads, room, size) of one layer. A token's slot is its position."""
+    """Keys, values (B, heads, room, size) of a layer. Reader.step sets room, where and used."""
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Store (B, heads, W, size) keys and values at `where` (B, W); return those in use."""
+        """Attention calls it: put (B, heads, W, size) at `where` (B, W); return what is in use."""
         kept = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
             old = new[:, :, :0] if old is None else old
@@ -269,7 +269,7 @@ class Reader:
     """Reads B growing conversations with one cache.
 
     A token's slot is its position in its row's conversation, and it sees the slots up to its own.
-    What right padding wrote lies behind `length`, where nobody looks, and is overwritten:
+    What right padding wrote lies beyond `length`, where nobody looks, and is overwritten:
 
         slots      0  1  2  3  4  5  6  7        length
         row 0      p  p  p  a  a  m  m  a        8          p prompt, a answer, m message
@@ -345,7 +345,7 @@ class Reader:
         return {"cross_attention_states": states}
 
     def forget(self, rows):
-        """Make these rows start afresh. What lies behind `length` is never seen."""
+        """Make these rows start afresh. What lies beyond `length` is never seen."""
         self.length[rows] = 0
 
     def keep(self, rows):

@@ -101,9 +101,9 @@ class Hand:
 def deal(rng, rule="ten", face=False, suits="all", split="train", target=TARGET):
     """Draw a solvable hand: four cards without replacement, redrawn until all conditions hold.
 
-    rng: a numpy Generator. rule: a key of RULES or three ints. face: at least one J, Q or K (the
+    rng: a numpy Generator. rule: of RULES, or three ints up to 13. face: at least one J, Q or K (the
     paper's rule OOD evaluation). suits: a key of SUITS. split: "train", "val", "test" or "all" (as
-    in the paper). Raises ValueError if no hand makes the target.
+    in the paper). Raises ValueError if no hand of 100,000 makes the target.
     """
     rule = RULES[rule] if isinstance(rule, str) else tuple(rule)
     deck = [(rank, suit) for suit in SUITS[suits] for rank in RANKS]
@@ -259,7 +259,7 @@ class GeneralPoints:
         self.picture, self.fresh, self.image = picture, fresh, None
 
     def reset(self, seed=None):
-        """Deal hand number `seed` (None: any hand). Returns (observation, info)."""
+        """Deal the hand of `seed`, an int or ints (None: any). Returns (observation, info)."""
         rng, self.used = np.random.default_rng(seed), 0
         self.hand = deal(rng, self.rule, self.face, self.suits, self.split, self.target)
         if self.picture:
@@ -294,7 +294,7 @@ class GeneralPoints:
 
 
 def misread_one(rng, hand):
-    """A card and what it is taken for, by chance itself at times: (its place, a number)."""
+    """A card and the number it is taken for, at times the right one: (its place, the number)."""
     at = int(rng.integers(4))
     low, high = (10, 14) if hand.cards[at] in "JQK" else (1, 11)
     return at, int(rng.integers(low, high))
@@ -307,8 +307,8 @@ def failed_try(text, verdict):
 
 
 def _wrong_tries(rng, hand, pictured):
-    """One to four random formulas that miss the target, three in ten of them over a misread card
-    (in a text, a misread number), and what the verifier says to each."""
+    """One to four random formulas with a wrong value or wrong numbers, about three in ten over a
+    misread card (text: number), and what the verifier says to each."""
     count, turns = int(rng.integers(1, 5)), []
     while len(turns) < 2 * count:
         seen, numbers = hand, hand.numbers
@@ -319,8 +319,8 @@ def _wrong_tries(rng, hand, pictured):
                 cards[at] = RANKS[number - 1]       # 1 to 13 are A to K
                 seen = replace(hand, cards=tuple(cards))
                 numbers = seen.numbers
-            else:
-                numbers[at] = number
+            else:               # never 11 to 13, the test rule's: they would be called wrong
+                numbers[at] = int(rng.integers(1, 11))
         formula = write(rng.permutation(numbers), rng.integers(4, size=3), rng.integers(SHAPES))
         text = answer(seen, numbers, formula)
         verdict = verify_gp(text, hand.cards, hand.numbers, hand.target, picture=pictured)

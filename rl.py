@@ -14,7 +14,7 @@ ACTION, for the ratio, is one token of the answer (the default) or the whole ans
   6. checks of a fresh batch, and a look at one conversation, token by token
   7. the start, and the command line
 
-Symbols and shapes (N is another thing in README eq. 6, parameters):
+Symbols and shapes (eq. 1 to 7: see README, where N is parameters):
   B episodes   K tries of an episode   N answer tokens   T tokens   H hidden size
   V value: the rewards that a critic expects from here on    A advantage: how much better it went
   r reward of a try    R = A + V return (target of V)    ratio = pi_new(action) / pi_old(action)
@@ -175,7 +175,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
     What stands for V_{k+1} at the end is where implementations go wrong:
       terminated  the game is over, no reward can follow: 0
       truncated   it was cut; `after` is the value of what would have come next. Out of tries, a
-                  rule that the agent cannot play past: 0. A full buffer: V(next state)
+                  rule that the agent cannot play past: 0. Full buffer (not here): V(next)
       Never the value of another episode.
 
     rewards, values: (K,) float. Returns (advantages, returns), both (K,). Worked example (gamma
@@ -211,7 +211,7 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns False, and advantages of 0, where several episodes, or all their tries, were paid alike:
+    Returns False, and advantages of 0, where all of several episodes or all tries were paid alike:
     nothing tells good from bad, and normalising would make a lesson of the critic's rounding.
     """
     # An episode may lie in several rows. What follows the last try at a position is V of the next
@@ -239,7 +239,7 @@ def add_advantages(rows, episodes, gamma, lam):
 def only_right(rows, episodes):
     """Make "advantages" 1 for a right answer, 0 for any other. Returns whether any is right.
 
-    RL without negatives, the critic unused: SFT on its own right answers (arXiv 2509.04259).
+    RL without negatives, the critic ignored: SFT on its own right answers (arXiv 2509.04259).
     """
     for row in rows:
         right = [float(episodes[e].turns[k].verdict.correct) for e, k in row["tries"]]
@@ -331,9 +331,9 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
 def rate_scale(update, updates, steps_done, warmup):
     """What the learning rates are multiplied with at one optimiser step, in 0..1.
 
-    Warm-up: Adam's first steps are about lr long, however small the gradient; without it the first
-    update moved the policy further (approx_kl 0.13) than any of the next ten. Times a cosine over
-    the updates, as in the paper. steps_done: optimiser steps before this one, of all updates.
+    Warm-up: Adam's first steps move each weight by about lr, however small its gradient; without it
+    the first update moved the policy further (approx_kl 0.13) than any of the next ten. Times a
+    cosine over the updates, as in the paper. steps_done: optimiser steps before this one, in all.
     """
     cosine = 0.5 * (1 + math.cos(math.pi * update / updates))
     return cosine * min(1.0, (steps_done + 1) / max(1, warmup))
@@ -454,7 +454,7 @@ class Policy:
         return compute(self.args.task, size, self.counts)
 
     def measure(self, step, hands):
-        """Evaluate on seen and held-out hands, print, and write eval.jsonl."""
+        """Play at 0.6, five tries (walks: two), whatever the flags; print, write eval.jsonl."""
         args = self.args
         tqdm.write(f"after update {step}, {hands} episodes a cell:")
         splits = ["all"] if args.split == "all" else ["train", args.eval_split]
@@ -528,14 +528,14 @@ def complaints(rows, episodes, backbone, split, temperature=0.6):
         return [f"{len(sampled)} tokens were sampled, {len(scored)} masked: the loss mask is off"]
     found, gaps = [], (sampled - scored).abs()
     # bf16 rounds differently in batches of other shapes, and a low temperature magnifies that: a
-    # few tokens may differ much, but not their mean. Float32: 1.7e-4 once in 30,000 (ten tries).
+    # few tokens may differ much, but not their mean. Float32: at most 1.7e-4 in 30,000 tokens.
     gap, limit = gaps.mean(), 0.05 / temperature
     if backbone.device.type == "cpu" and backbone.model.dtype == torch.float32:
         gap, limit = gaps.max(), 1e-3 / min(1, temperature)
     if not gap < limit:
         found.append(f"sampler and update disagree on log p by {gap:.2g}: wrong temperature, "
                      "positions, padding side or shift")
-    # Asked of what was dealt: a leak in the dealing is just what this must find.
+    # The hands themselves are asked, not the flags: those would hide a leak in the dealing.
     if split == "train" and not all(in_training(e.env) for e in episodes):
         found.append("a held-out hand or route is among those of training")
     return found
@@ -604,7 +604,7 @@ def make_start(args):
         sft.run_sft(wanted, aside, step, backbone)
         if not folder.exists():
             aside.rename(folder)
-    return path
+    return path if (path / "state.pt").exists() else aside / path.name
 
 
 # Walks have other defaults. One has about 13 tries, as many as four hands, in 11 conversations

@@ -18,10 +18,10 @@ file is left running.
 Shapes: B conversations in a batch, T tokens of the longest, N answer tokens in the whole batch,
 H hidden size, V vocabulary.
 
-    python sft.py --ood --model START --lr 1e-4 --steps 570    RL's rival: RL's start, RL's rate
+    python sft.py --ood --model START --lr 1e-4 --steps 570    RL's rival; rl.py prints its START
     python sft.py --preset paper                               Llama-3.2-11B-Vision, 141 GB
 
-On a first reading parts 1 to 4 are enough. Read before: gp_env.py. Read next: evaluate.py.
+At first parts 1 to 3 and `train` are enough. Read before: gp_env.py. Read next: evaluate.py.
 """
 
 import argparse
@@ -119,8 +119,8 @@ def encode(backbone, conversation):
     the mask would be off by one there.
 
         turn      user: prompt         assistant: answer      user     assistant
-        ids       <u> 4 cards <e> <a>  {"cards"...}  <end>    <u> ...  {...}  <end>
-        mask       0   0   0   0   0      1   1   1    1       0 ...     1      1
+        ids       <user> 4 cards <end> <assistant>  {"cards"...} <end>   ...     {...} <end>
+        mask        0    0   0     0        0          1   1 1     1     0 ...    1      1
                                       (all 0 where learn is False: a mistake, shown not taught)
     """
     ids, mask, picture = [], [], None
@@ -134,14 +134,14 @@ def encode(backbone, conversation):
             part = answer_ids(backbone, turn["content"])
         ids += part
         mask += [int(turn["learn"])] * len(part)
-    mask[0] = 0                     # nothing comes before it: it cannot be predicted
+    mask[0] = 0         # nothing predicts it: only backbones/ learns a first turn
     return {"ids": ids, "mask": mask, "picture": picture}
 
 
-def pad(rows, fill=0):
-    """Lists of different length -> (B, T) int64 tensor, filled up on the right."""
+def pad(rows):
+    """Lists of different length -> (B, T) int64 tensor, zeros on the right."""
     longest = max(map(len, rows))
-    return torch.tensor([list(row) + [fill] * (longest - len(row)) for row in rows])
+    return torch.tensor([list(row) + [0] * (longest - len(row)) for row in rows])
 
 
 def batch(backbone, rows):
@@ -250,9 +250,9 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
 
 
 def learning_mode(backbone, on):
-    """Switch gradient checkpointing on for a backward pass, if it was asked for.
+    """Train mode for gradient checkpointing alone: else we learn in eval mode, without dropout.
 
-    Hugging Face ties it to train mode, in which sampling gives wrong tokens, silently.
+    So PPO's ratios begin at 1. Sampling in train mode gives wrong tokens there, silently.
     """
     backbone.model.train(on and backbone.checkpointing)
 

@@ -216,10 +216,10 @@ def parse_formula(text):
 # The paper's table (appendix A.3). The released code adds penalties up (one answer can cost -8);
 # here, as in the paper's text, an answer has ONE kind, and the last two are added to its reward.
 GP_REWARDS = {
-    "correct": 5.0,         # a legal equation that equals the target: the episode ends
+    "correct": 5.0,         # a legal formula that equals the target: the episode ends
     "wrong value": -1.0,    # legal, each card once, but another value or right side
     "wrong numbers": -2.0,  # legal, but not on exactly the hand's numbers: J was taken for 10
-    "illegal": -3.0,        # not an equation at all
+    "illegal": -3.0,        # not a formula at all
     "out of tries": -1.0,   # added to the last failed try of an episode
     "misread cards": -1.5,  # added when the cards were read wrongly off the picture (GP-VL)
 }
@@ -246,11 +246,11 @@ class Verdict:
     reward: float               # without "out of tries"
     message: str                # one clause or more
     cards_right: bool           # `cards` is the hand, in any order
-    numbers_right: bool         # `number` is what the hand counts under the rule that scores
+    numbers_right: bool         # `number` is what the hand counts (rule that scores), any order
 
     @property
     def correct(self):
-        """True if the answer earns the reward of "correct"."""
+        """Is its kind "correct"? In pictures perhaps over misread cards (5 - 1.5)."""
         return self.kind == "correct"
 
 
