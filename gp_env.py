@@ -101,8 +101,8 @@ class Hand:
 def deal(rng, rule="ten", face=False, suits="all", split="train", target=TARGET):
     """Draw a solvable hand: four cards without replacement, redrawn until all conditions hold.
 
-    rng: a numpy Generator. rule: of RULES, or three ints up to 13. face: at least one J, Q or K (the
-    paper's rule OOD evaluation). suits: a key of SUITS. split: "train", "val", "test" or "all" (as
+    rng: a numpy Generator. rule: of RULES, or three ints up to 13. face: at least one J, Q or K (a
+    rule OOD evaluation). suits: a key of SUITS. split: "train", "val", "test" or "all" (as
     in the paper). Raises ValueError if no hand of 100,000 makes the target.
     """
     rule = RULES[rule] if isinstance(rule, str) else tuple(rule)
