@@ -101,9 +101,9 @@ class Hand:
 def deal(rng, rule="ten", face=False, suits="all", split="train", target=TARGET):
     """Draw a solvable hand: four cards without replacement, redrawn until all conditions hold.
 
-    rng: a numpy Generator. rule: of RULES, or three ints up to 13. face: at least one J, Q or K (a
-    rule OOD evaluation). suits: a key of SUITS. split: "train", "val", "test" or "all" (as
-    in the paper). Raises ValueError if no hand of 100,000 makes the target.
+    rng: a numpy Generator. rule: of RULES, or three ints up to 13. face: at least one J, Q or K, as
+    in the paper's rule OOD. suits: a key of SUITS. split: "train", "val", "test" or "all" (the
+    paper). Raises ValueError if no hand of 100,000 makes the target.
     """
     rule = RULES[rule] if isinstance(rule, str) else tuple(rule)
     deck = [(rank, suit) for suit in SUITS[suits] for rank in RANKS]

@@ -403,10 +403,14 @@ def write_results(out, tests):
 
 
 def chosen(name, bugs, secret):
-    """The bug that belongs to a name, whatever the name is; only who has the secret can tell."""
+    """The bug that belongs to a name, whatever the name is; only who has the secret can tell.
+
+    Case and spaces at the ends do not count: names come from lists, forms and mail programs.
+    """
     if not name:
         raise Refused("whose attack or hunt is it? Give the name (grade: --name)")
-    digest = hashlib.sha256(f"{secret}/{name}".encode("utf-8", "surrogatepass")).digest()
+    name = f"{secret}/{name.strip().lower()}"
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return bugs[int.from_bytes(digest[:8], "big") % len(bugs)]
 
 
@@ -469,7 +473,8 @@ def hunt(name, out, secret):
     file = mutant.function.split(".")[0]
     text = source(file)
     planted, line = mutants.apply(text, mutant), mutants.lines_of(text, mutant)[0][0]
-    copy_files(out, lambda path: path.parts[0] not in ("tests", "course", ".ci", ".github"))
+    copy_files(out, lambda path: path.parts[0] not in ("tests", "course", ".ci", ".github")
+               and not (path.parts[0] == "results" and path.suffix == ".md"))   # answers 19
     (out / f"{file}.py").write_text(planted, "utf-8")
     (out / "hunt.json").write_text(json.dumps(
         {"name": name, "file": "...", "line": 0, "number": "..."}), "utf-8")
