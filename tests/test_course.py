@@ -471,7 +471,8 @@ def test_a_spy_sees_no_seed(tmp_path):
 def test_odd_names_give_a_bug_and_a_key(name, tmp_path, capsys, monkeypatch):
     """Catches a name that is used as anything but a number."""
     monkeypatch.setattr(kit, "tracked_files", lambda: [
-        pathlib.PurePosixPath(f"{file}.py") for file in problems.FILES])
+        pathlib.PurePosixPath(file) for file in
+        [f"{name}.py" for name in problems.FILES] + ["results/README.md"]])
     for command, bugs in ((kit.hunt, mutants.HUNTS), (kit.attack, mutants.ATTACKS)):
         out = tmp_path / command.__name__
         command(name, out, "secret")
@@ -481,6 +482,8 @@ def test_odd_names_give_a_bug_and_a_key(name, tmp_path, capsys, monkeypatch):
                    and (out / f"{file}.py").read_text("utf-8") != kit.source(file)]
         assert changed == [kit.chosen(name, bugs, "secret").function.split(".")[0]]
         assert kit.handed_in_json(out, f"{command.__name__}.json", None)[1] == name
+        assert not (out / "results").exists(), "it answers problem 19"
+        assert kit.chosen(f" {name}\r".upper(), bugs, "secret") == kit.chosen(name, bugs, "secret")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["attack", "hunt"]
 
 
