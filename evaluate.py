@@ -20,7 +20,7 @@ Three measures of one policy, each on the same hands:
 
 Shapes: B episodes in a batch, W new tokens of the longest, V vocabulary.
 
-    python evaluate.py --ood --show 2 --model runs/rl-gp-l-s0/step-000012    cells, transcripts
+    python evaluate.py --ood --show 2 --model runs/rl-gp-l-s0/step-000007    cells, transcripts
     python evaluate.py --ood --run runs/sft-gp-l-s0                          every checkpoint
     python evaluate.py --strip "10 A 2 J" --run runs/sft-gp-l-s0             how it reads the jack
 

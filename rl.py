@@ -19,9 +19,8 @@ Symbols and shapes (eq. 1 to 7: see README, where N is parameters):
   V value: the rewards that a critic expects from here on    A advantage: how much better it went
   r reward of a try    R = A + V return (target of V)    ratio = pi_new(action) / pi_old(action)
 
-    python rl.py --task gp-l --ood             the main job: 10 to 12 minutes on two slow cores
+    python rl.py --task gp-l --ood             the main job: 6 to 7 minutes on two slow cores
     python rl.py --task gp-l --inspect         one episode, token by token
-    python rl.py --task gp-l --init backbones/gp    no SFT start: RL has nothing to reward (Fig. 9)
 
 Read before: evaluate.py. Then: tests/test_rl.py, where every function here is checked by hand.
 """
@@ -607,11 +606,12 @@ def make_start(args):
     return path if (path / "state.pt").exists() else aside / path.name
 
 
-# Walks have other defaults. One has about 13 tries, as many as four hands, in 11 conversations
-# instead of 4: 64 walks are as much experience as 256 hands, and a minibatch of as many tries has
-# 96 conversations. At twice this learning rate one seed of three fell below its start.
+# Other tasks have other defaults. A walk has about 13 tries, as many as four hands, in 11
+# conversations instead of 4: 64 walks are as much experience as 256 hands, and a minibatch of as
+# many tries has 96 conversations. At twice this rate one seed of three fell below its start.
 WALKS = {"tries": virl_env.TRIES, "updates": 10, "episodes": 64, "minibatch": 96, "lr": 5e-5,
          "eval_hands": 48, "eval_every": 5}
+DEFAULTS = {"gp-vl": {"updates": 12, "lr": 1e-4}, "virl-l": WALKS, "virl-vl": WALKS}
 # --preset paper (appendix C.2, launch scripts): 2,048 tries an update, 1,024 an optimiser step
 PAPER = {"updates": 20, "episodes": 500, "tries": 5, "minibatch": 250, "temperature": 0.2,
          "max_new_tokens": 512, "lr": 1e-6, "value_lr": 1e-6, "warmup": 0, "epochs": 4, "clip": 0.1,
@@ -633,11 +633,11 @@ def flags(argv=None):
     add = parser.add_argument_group("PPO").add_argument
     add("--init", help="checkpoint to start from (default: make the SFT start)")
     for name, kind, default, text in (
-            ("updates", int, 12, "PPO updates (paper: 20; V-IRL: 15)"),
+            ("updates", int, 7, "PPO updates (paper: 20; V-IRL: 15)"),
             ("episodes", int, 256, "episodes an update (paper: about 500, as 2,048 tries)"),
             ("tries", int, gp_env.TRIES, "answers a hand, or a position (paper: 5; V-IRL: 2)"),
             ("temperature", float, 0.6, "of sampling and of the ratio (paper: 0.2)"),
-            ("lr", float, 1e-4, "peak learning rate of the policy (paper: 1e-6 at 11B)"),
+            ("lr", float, 3e-4, "peak learning rate of the policy (paper: 1e-6 at 11B)"),
             ("warmup", int, 16, "optimiser steps over which both learning rates rise"),
             ("value-lr", float, 3e-3, "learning rate of the value head (paper: the same as --lr)"),
             ("epochs", int, 2, "passes over the batch an update (paper: 4)"),
@@ -650,7 +650,7 @@ def flags(argv=None):
             ("gamma", float, 0.9, "discount for each try (paper: 0.9)"),
             ("lam", float, 0.95, "lambda of GAE (paper: 0.95)"),
             ("eval-hands", int, 200, "hands or walks a cell at both ends"),
-            ("eval-every", int, 6, "updates between short evaluations")):
+            ("eval-every", int, 4, "updates between short evaluations")):
         walks = WALKS.get(name.replace("-", "_"), default)
         add(f"--{name}", type=kind, default=default, help=f"{text}; {default}, V-IRL: {walks}")
     add("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
@@ -659,7 +659,7 @@ def flags(argv=None):
     add("--advantage", choices=("gae", "right"), default="gae", help="right: right answers alone")
     add("--eval-split", choices=("test", "val"), default="test", help="val while tuning")
     add("--inspect", action="store_true", help="print one conversation, token by token, and stop")
-    args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), WALKS), PRESETS, argv)
+    args = sft.parse_flags(parser, DEFAULTS, PRESETS, argv)
     if args.inspect and args.resume:
         raise Problem("--inspect looks at one checkpoint: give it as --init, without --resume")
     if args.temperature <= 0:
