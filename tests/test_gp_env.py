@@ -273,6 +273,15 @@ def test_wrong_tries_come_before_the_experts_answer(picture):
     assert 0.15 < misread / sum(count * tries for tries, count in seen.items()) < 0.35
 
 
+def test_no_wrong_try_shows_the_numbers_of_the_test_rule():
+    """SFT on second turns would see 11, 12, 13 called wrong and unlearn the rule of the test."""
+    rng, numbers = np.random.default_rng(14), set()
+    for _ in range(200):
+        for turn in expert_conversation(rng, revise=1.0)[1::2]:
+            numbers |= set(json.loads(turn["content"])["number"])
+    assert numbers == set(range(1, 11))
+
+
 def test_varied_rules_are_all_but_the_test_rule():
     """The control of varied rules sees the rule that it is tested on, or one rule only."""
     rng, rules = np.random.default_rng(13), set()

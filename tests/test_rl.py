@@ -905,6 +905,11 @@ def test_start_is_made_once_and_counted(rigged, monkeypatch, capsys):
     monkeypatch.setattr(sft, "run_sft", overtaken)
     path = rl.make_start(rl.flags([*map(str, QUICK), "--seed", "1"]))
     assert sft.load_state(path)["tokens"] > 0
+    # the folder is there, its step is not: the new one is used where it was made
+    shutil.rmtree(path)
+    monkeypatch.setattr(sft, "run_sft", taught)
+    again = rl.make_start(rl.flags([*map(str, QUICK), "--seed", "1"]))
+    assert again != path and sft.load_state(again)["tokens"] > 0
 
 
 def table_of(printed):
