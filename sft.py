@@ -250,9 +250,9 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
 
 
 def learning_mode(backbone, on):
-    """Train mode for gradient checkpointing alone: else we learn in eval mode, without dropout.
+    """Train mode if gradients are checkpointed (Hugging Face ties the two), else eval mode.
 
-    So PPO's ratios begin at 1. Sampling in train mode gives wrong tokens there, silently.
+    Without dropout PPO's ratios begin at 1. Sampling in train mode gives wrong tokens, silently.
     """
     backbone.model.train(on and backbone.checkpointing)
 
