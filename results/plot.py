@@ -18,6 +18,7 @@ checkpoints) and metrics.jsonl (what training said on its way). No model is load
     python results/plot.py --metrics runs/one runs/other --keys reward approx_kl --out both.png
     python results/plot.py runs --shifts --out shifts.png          rule and hands apart, and `fake`
     python results/plot.py runs --tries --out tries.png            RL by its tries in training
+    python results/plot.py runs --heals --out heals.png            RL by the SFT steps before it
     python results/plot.py --sheet 6 --task gp-vl --out hands.png      hands, or street views
 
 For a figure of your own, call `draw_panels`: it needs points and a title, no runs.
@@ -650,12 +651,25 @@ def shift_panel(title, levels, arms, joined):
 PAPER_TRIES = {1: 0.48, 3: 2.15, 5: 2.99, 10: 5.99}
 
 
-TRIES_CELLS = {"held-out/ood": "rule OOD", "held-out/id": "ID"}
+TWO_CELLS = {"held-out/ood": "rule OOD", "held-out/id": "ID"}
 TRIES_MEASURES = ("first_try", "fresh", "success")
 
 
-def runs_by_tries(folders):
-    """{tries in training: {seed: Run}} of those of RL's runs that measured both their ends.
+def tries_in_training(run):
+    """How many answers to a hand a run of rl.py learnt from."""
+    return run.settings["tries"]
+
+
+def steps_of_sft(run):
+    """Steps of SFT behind the checkpoint that a run of rl.py began from. Raises Problem."""
+    found = re.search(r"step-(\d+)$", run.settings.get("init") or "")
+    if not found:
+        raise Problem(f"{run.folder} was not given a checkpoint of sft.py as --init")
+    return int(found[1])
+
+
+def runs_by(key, folders, measures):
+    """{key(run): {seed: Run}} of those of RL's runs that measured both their ends.
 
     Raises Problem where two runs claim one place, or none is left.
     """
@@ -666,13 +680,14 @@ def runs_by_tries(folders):
             continue
         if first["step"] or first is last or any(
                 rate(row, cell, measure) is None for row in (first, last)
-                for cell in TRIES_CELLS for measure in TRIES_MEASURES):
+                for cell in TWO_CELLS for measure in measures):
             print(f"left out: {run.folder}, which lacks its start, its end or a measure")
             continue
-        other = found.setdefault(run.settings["tries"], {}).setdefault(run.seed, run)
+        other = found.setdefault(key(run), {}).setdefault(run.seed, run)
         if other is not run:
-            raise Problem(f"{other.folder} and {run.folder} have the same tries and seed: name "
-                          "runs that differ in nothing else")
+            what = key.__name__.replace("_", " ")
+            raise Problem(f"{other.folder} and {run.folder} have the same seed and the same {what}: "
+                          "name runs that differ in nothing else")
     if not found:
         raise Problem("no run of rl.py that measured start and end on held-out hands, ID and OOD")
     return dict(sorted(found.items()))
@@ -684,8 +699,9 @@ def plot_tries(folders, path):
     folders: runs of gp-l that differ in tries, and in episodes so that compute is the same. Points
     are means over seeds, bars reach from the lowest to the highest. Prints the t intervals.
     """
-    tries, panels, lines = runs_by_tries(folders), [], []
-    for cell, title in TRIES_CELLS.items():
+    tries = runs_by(tries_in_training, folders, TRIES_MEASURES)
+    panels, lines = [], []
+    for cell, title in TWO_CELLS.items():
         series = []
         for number, measure in enumerate(TRIES_MEASURES):
             look = {"label": HANDS[measure], "colour": ARMS["rl"][1][number]}
@@ -709,6 +725,41 @@ def plot_tries(folders, path):
                        "places": {place: str(count) for place, count in enumerate(tries, 1)}})
     draw_panels(panels, path, "GeneralPoints, text: RL with more tries in training, equal compute")
     print("| gain, points | tries | mean [95 %, t over seeds] | by seed |", "|---|---|---|---|",
+          *lines, sep="\n")
+
+
+HEALS = (("held-out/ood", "first_try"), ("held-out/ood", "success"),
+         ("held-out/ood", "numbers_read"), ("held-out/id", "first_try"),
+         ("held-out/id", "success"))
+
+
+def plot_heals(folders, path):
+    """Checkpoints along one SFT run, and where RL from each ends: the paper's Fig. 19.
+
+    folders: runs of rl.py on gp-l that differ in --init alone, a checkpoint of sft.py. Points are
+    means over seeds, bars reach from the lowest to the highest. Prints the same numbers.
+    """
+    steps = runs_by(steps_of_sft, folders, [measure for _, measure in HEALS])
+    panels, lines = [], []
+    for cell, measure in HEALS:
+        title, series = f"{TWO_CELLS[cell]}: {HANDS[measure]}", []
+        for name, kind, row in (("SFT", "sft", 0), ("then RL", "rl", -1)):
+            look = {"label": name, "colour": ARMS[kind][1][0]}
+            levels = [[100 * rate(run.rows[row], cell, measure) for run in runs.values()]
+                      for runs in steps.values()]
+            points = [(place, mean(level), min(level), max(level))
+                      for place, level in enumerate(levels, 1)]
+            series += [look | {"points": [point]} for point in points]
+            series.append(look | {"points": [(x, middle, middle, middle)
+                                             for x, middle, _, _ in points]})
+            cells = [f"{middle:.1f} ({low:.1f}-{high:.1f})" for _, middle, low, high in points]
+            lines.append(f"| {title}, {name} | " + " | ".join(cells) + " |")
+        panels.append({"title": title, "x_label": "steps of SFT", "y_label": "%", "series": series,
+                       "places": {place: str(count) for place, count in enumerate(steps, 1)}})
+    draw_panels(panels, path, "GeneralPoints, text, held out: what RL makes of an ever longer SFT")
+    print("| % (lowest-highest seed) | " + " | ".join(map(str, steps)) + " |",
+          "|---" * (1 + len(steps)) + "|",
+          "| seeds | " + " | ".join(str(len(runs)) for runs in steps.values()) + " |",
           *lines, sep="\n")
 
 
@@ -1001,6 +1052,8 @@ def main():
                         "hands' shift and the fake probe instead, from the ends of the runs")
     parser.add_argument("--tries", action="store_true", help="gp-l: draw RL's gains by the tries "
                         "in training instead (Fig. 10); name runs that differ in nothing else")
+    parser.add_argument("--heals", action="store_true", help="gp-l: draw RL's ends by the steps of "
+                        "SFT before it instead (Fig. 19); name runs that differ in --init alone")
     parser.add_argument("--sheet", type=int, default=0, metavar="N", help="draw N hands (--task "
                         "gp-vl) or street views (virl-vl) instead")
     parser.add_argument("--out", default="figure.png", help="PNG file (default figure.png)")
@@ -1008,15 +1061,18 @@ def main():
     out = pathlib.Path(args.out).absolute()
     if out.is_dir() or not out.parent.is_dir():
         raise Problem(f"--out {args.out}: give a file in a folder that is there")
-    ends = args.shifts or args.tries
+    ends = args.shifts or args.tries or args.heals
     if ends and args.task != "gp-l" or args.sheet and not args.task.endswith("-vl"):
-        raise Problem("--shifts, --tries are for gp-l alone, --sheet for --task gp-vl or virl-vl")
+        raise Problem("--shifts, --tries, --heals are for gp-l alone, --sheet for --task gp-vl or "
+                      "virl-vl")
     if not 0 <= args.sheet <= 1000:
         raise Problem(f"--sheet {args.sheet}: give a number up to 1000")
     if args.sheet:
         draw_sheet(args.task, args.sheet, out)
     elif args.tries:
         plot_tries(args.folders or [HERE], out)
+    elif args.heals:
+        plot_heals(args.folders or [HERE], out)
     elif args.shifts:
         plot_shifts(args.folders or [HERE], out, args.only)
     elif args.metrics:

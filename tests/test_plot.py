@@ -463,6 +463,25 @@ def test_gains_by_tries_in_training_by_hand(tmp_path, monkeypatch, capsys):
     assert_one_line(*command(monkeypatch, capsys, plot, tmp_path / "sft", "--tries"), "no run of")
 
 
+def test_rl_by_the_steps_of_sft_before_it_by_hand(tmp_path, monkeypatch, capsys):
+    """Catches steps in the order of their names, ends taken for starts, a start that is none."""
+    for steps, end in ((20, 0.3), (100, 0.5)):
+        for seed in range(2):
+            write_run(tmp_path / f"from{steps}-{seed}", "rl", seed, {0: 0.1, 7: end + seed / 10},
+                      init=f"runs/hot-s{seed}/step-{steps:06d}",
+                      more={"first_try": end / 2, "numbers_read": 1 - end})
+    out = tmp_path / "heals.png"
+    code, printed, _ = shown(monkeypatch, capsys, plot, tmp_path, "--heals", "--out", out)
+    assert code == 0 and Image.open(out).width > 800
+    assert "| % (lowest-highest seed) | 20 | 100 |" in printed and "| seeds | 2 | 2 |" in printed
+    assert "| rule OOD: in conversation, SFT | 10.0 (10.0-10.0) | 10.0 (10.0-10.0) |" in printed
+    assert "| ID: in conversation, then RL | 35.0 (30.0-40.0) | 55.0 (50.0-60.0) |" in printed
+    assert "| rule OOD: numbers read right, then RL | 70.0 (70.0-70.0) | 50.0 " in printed
+    write_run(tmp_path / "from the backbone", "rl", 0, {0: 0.1, 7: 0.9}, init="backbones/gp",
+              more={"first_try": 0.1, "numbers_read": 1.0})
+    assert_one_line(*command(monkeypatch, capsys, plot, tmp_path, "--heals"), "from the backbone")
+
+
 def test_a_sheet_of_hands_has_rows_of_suits(tmp_path, monkeypatch, capsys):
     """Catches one picture many times, pictures that overlap, and red among the black."""
     out = tmp_path / "sheet.png"
