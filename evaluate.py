@@ -53,8 +53,8 @@ from sft import (OTHER_CITIES, TRAINING_CITY, Problem, crossing_layers, encode_p
 EVALUATION_SEED = 20250126      # of the hands that are evaluated on, the same for every model
 
 # The paper's "rule OOD" changes two things, the rule AND the hands, which must hold a face card.
-# Four cells keep them apart. `fake` states the new rule and scores by the old one, so that only a
-# model which ignores its prompt does well (626 of 1,000 such hands are solvable by the old rule).
+# The first four cells keep them apart. `fake` states the new rule and scores by the old one: only a
+# model that ignores its prompt does well (626 of 1,000 such hands are solvable by the old rule).
 CELLS = {
     "id": {"rule": "ten", "face": False},
     "ood": {"rule": "face", "face": True},
@@ -140,8 +140,8 @@ class Episode:
     turns: list = field(default_factory=list)
     terminated: bool = False    # the game is over (a walk may have missed positions: see `solved`)
     truncated: bool = False     # out of tries
-    told: list = None           # tokens of the latest user turn: what the update will see as prompt
-    pending: list = None        # tokens that the model has not read yet; they end with `told`
+    told: list = None           # prompt tokens of the coming Turn, as the update will see them
+    pending: list = None        # not in the cache yet: the last answer's last token, then `told`
     picture: dict | None = None     # of the running conversation
     new: bool = True            # the latest user turn opens a conversation
 
@@ -202,7 +202,7 @@ def play(backbone, envs, seeds, temperature, max_new_tokens, generator=None, bli
 def sample_answers(reader, playing, temperature, max_new_tokens, generator):
     """Read what is pending of each episode, then sample an answer for each: [(ids, logprobs)].
 
-    The end token is included if it came. The last token of an answer has not been read.
+    The end token is included if it came. The last token is not in the cache yet: see Episode.hear.
     """
     device = reader.length.device
     ids = pad([episode.pending for episode in playing]).to(device)                      # (B, W)

@@ -183,7 +183,7 @@ def write(numbers, signs, shape):
 
 @functools.lru_cache(maxsize=4)
 def _solution_table(target):
-    """{sorted numbers: [(its place in ORDERS, in TRIPLES, shape), ...]} of all hands of 1..13."""
+    """{sorted numbers: [(index in ORDERS, index in TRIPLES, shape) of each solution]}, 1..13."""
     hands = list(itertools.combinations_with_replacement(range(1, 14), 4))   # 1,820
     found = {hand: [] for hand in hands}
     one, signs = np.ones((1, 1, 1, 1), dtype=np.int64), np.ogrid[:4, :4, :4]     # one axis a sign
@@ -294,7 +294,7 @@ class GeneralPoints:
 
 
 def misread_one(rng, hand):
-    """A card and the number it is taken for, at times the right one: (its place, the number)."""
+    """(index of a card, the number it is read as): a random one, perhaps the right one."""
     at = int(rng.integers(4))
     low, high = (10, 14) if hand.cards[at] in "JQK" else (1, 11)
     return at, int(rng.integers(low, high))
@@ -319,7 +319,7 @@ def _wrong_tries(rng, hand, pictured):
                 cards[at] = RANKS[number - 1]       # 1 to 13 are A to K
                 seen = replace(hand, cards=tuple(cards))
                 numbers = seen.numbers
-            else:               # never 11 to 13, the test rule's: they would be called wrong
+            else:               # 1..10 only: "11 not in the hand" would teach against the test rule
                 numbers[at] = int(rng.integers(1, 11))
         formula = write(rng.permutation(numbers), rng.integers(4, size=3), rng.integers(SHAPES))
         text = answer(seen, numbers, formula)

@@ -10,7 +10,7 @@ ACTION, for the ratio, is one token of the answer (the default) or the whole ans
      last prompt token before each answer, the value V of that state
   3. advantages: GAE over the tries of an episode, through all its conversations, not past its end
   4. update: several epochs of minibatches on the clipped policy loss + clipped value loss
-  5. the loop: 1 to 4 again and again; log, save, now and then evaluate under the other rule
+  5. the loop: 1 to 4 again and again; log, save, now and then evaluate (--ood: the other rule, too)
   6. checks of a fresh batch, and a look at one conversation, token by token
   7. the start, and the command line
 
@@ -20,9 +20,9 @@ Symbols and shapes (eq. 1 to 7: see README, where N is parameters):
   r reward of a try    R = A + V return (target of V)    ratio = pi_new(action) / pi_old(action)
 
     python rl.py --task gp-l --ood             the main job: 8 minutes on two slow cores
-    python rl.py --task gp-l --inspect         one episode, token by token
+    python rl.py --task gp-l --inspect         one conversation, token by token
 
-Read before: evaluate.py. Then: tests/test_rl.py, where every function here is checked by hand.
+Read before: evaluate.py. Then: tests/test_rl.py, where every equation here is checked by hand.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from evaluate import CURVE_CELLS, cut, evaluate, new_game, play, show
 from sft import (Problem, batch, by_length, checkpoints, load_state, pictured, save_checkpoint,
                  task_parameters, token_logprobs, trunk)
 
-VALUE_COEF = 0.5            # weight of the value loss (paper: the same)
+VALUE_COEF = 0.5            # weight of the value loss, beside the 1/2 in eq. 5 (paper: the same)
 MAX_GRAD_NORM = 1.0         # of the policy and of the critic, each
 
 # -------- 1. Collect
@@ -65,7 +65,7 @@ def collect(backbone, args, update):
     seeds = [[1, args.seed, update, i] for i in range(args.episodes)]
     draws = seeded(args.seed, update, 1).initial_seed()
     generator = torch.Generator(backbone.device).manual_seed(draws)
-    # all at once, unless their keys and values would fill the memory
+    # all at once, or --sample-batch of them where their keys and values would fill the memory
     size, episodes = args.sample_batch or args.episodes, []
     for start in range(0, args.episodes, size):
         episodes += play(backbone, envs[start:start + size], seeds[start:start + size],
@@ -173,8 +173,8 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
 
     What stands for V_{k+1} at the end is where implementations go wrong:
       terminated  the game is over, no reward can follow: 0
-      truncated   it was cut; `after` is the value of what would have come next. Out of tries, a
-                  rule that the agent cannot play past: 0. Full buffer (not here): V(next)
+      truncated   it was cut short. By a rule of the game (out of tries: here): 0, too. By a full
+                  buffer (not here): `after`, the value of the state that would have come next
       Never the value of another episode.
 
     rewards, values: (K,) float. Returns (advantages, returns), both (K,). Worked example (gamma
@@ -199,7 +199,7 @@ def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
 
 
 def normalised(advantages):
-    """Advantages (n,) of a whole batch -> mean 0, standard deviation 1 (n below it, not n - 1).
+    """Advantages (n,) of a whole batch -> mean 0, standard deviation 1 (dividing by n).
 
     Not of each minibatch (PPO's usual way, Huang et al. 2022, detail 7): the sign of an advantage
     would depend on which other episodes it happened to be shuffled with.
@@ -210,8 +210,8 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns False, and advantages of 0, where all of several episodes or all tries were paid alike:
-    nothing tells good from bad, and normalising would make a lesson of the critic's rounding.
+    Returns False, with advantages of 0, if there are several episodes and all of them or all tries
+    were paid alike: nothing tells good from bad, normalising would teach the critic's rounding.
     """
     # An episode may lie in several rows. What follows the last try at a position is V of the next
     # position, read in ANOTHER row: forgetting the words ends a conversation, not the episode.
@@ -226,7 +226,7 @@ def add_advantages(rows, episodes, gamma, lam):
         returns.append(r)
     paid = {tuple(turn.reward for turn in episode.turns) for episode in episodes}
     advantages, returns = torch.cat(advantages), torch.cat(returns)                # (tries,) each
-    can_learn = len(paid) > 1 and len(set().union(*paid)) > 1 or len(episodes) == 1
+    can_learn = len(episodes) == 1 or (len(paid) > 1 and len(set().union(*paid)) > 1)
     advantages = normalised(advantages) if can_learn else torch.zeros_like(advantages)
     for row in rows:
         at = [order[t] for t in row["tries"]]
@@ -253,7 +253,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), summed, as a loss to minimise.
 
         ratio = exp(logprobs - old_logprobs)
-        loss  = - sum( min( ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A ) )       (eq. 4)
+        loss  = - sum( min( ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A ) )   (eq. 4's sum)
 
     min takes the more pessimistic of the two, so that a step is never rewarded for going further
     than `clip`, but is always punished for having gone the wrong way. All (N,), one entry for each
@@ -271,7 +271,7 @@ def value_loss(values, old_values, returns, clip):
     """The critic's squared error, clipped like the policy: summed over tries (n,).
 
         V_clipped = V_old + clamp(V - V_old, -clip, clip)
-        loss      = 1/2 sum( max( (V - R)^2, (V_clipped - R)^2 ) )                    (eq. 5)
+        loss      = 1/2 sum( max( (V - R)^2, (V_clipped - R)^2 ) )              (eq. 5's sum)
 
     max is again the pessimistic choice. `returns` were computed with the OLD critic and stay fixed.
     """
@@ -297,7 +297,7 @@ def minibatch_loss(backbone, head, part, args, tokens, tries):
     """Loss of one micro-batch, as its share of a minibatch with `tokens` tokens and `tries` tries.
 
     Dividing by the totals of the MINIBATCH makes --micro-batch a dial for memory alone.
-    Returns (loss, statistics): its share of the minibatch's, all of which add up.
+    Returns (loss, statistics): this part's shares, which add up to those of the minibatch.
     """
     logprobs, entropy, values = score(backbone, head, part, args.temperature, args.value_trunk)
     old, advantages, returns, old_values = (torch.cat([r[key] for r in part]) for key in (
@@ -360,12 +360,12 @@ def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True)
             loss.backward()
             fed += sum(len(r["ids"]) for r in micro)
             total = {k: total.get(k, 0.0) + v for k, v in numbers.items()}
-        policy, critic = (group["params"] for group in optimizer.param_groups)
+        policy_weights, critic_weights = (group["params"] for group in optimizer.param_groups)
         # Clipped apart: under one common norm the critic's long gradient would shorten the
         # policy's, by another factor in each minibatch.
         norms = [torch.nn.utils.clip_grad_norm_(group, MAX_GRAD_NORM)
-                 for group in (policy, critic)]
-        for parameter in policy if not learn_policy else ():
+                 for group in (policy_weights, critic_weights)]
+        for parameter in policy_weights if not learn_policy else ():
             parameter.grad = None           # Adam would go on by its momentum
         scale = rate_scale(update, args.updates, done + len(log), args.warmup)
         for group, peak in zip(optimizer.param_groups, (args.lr, args.value_lr)):
@@ -453,7 +453,7 @@ class Policy:
         return compute(self.args.task, size, self.counts)
 
     def measure(self, step, hands):
-        """Play at 0.6, five tries (walks: two), whatever the flags; print, write eval.jsonl."""
+        """Play at 0.6, five tries (walks: two), whatever --temperature, --tries say; write it."""
         args = self.args
         tqdm.write(f"after update {step}, {hands} episodes a cell:")
         splits = ["all"] if args.split == "all" else ["train", args.eval_split]
@@ -577,7 +577,7 @@ def inspect(args):
                                for key in ("values", "returns", "advantages"))
     advantages = returns - values                                               # eq. 3
     deltas = advantages - args.gamma * args.lam * torch.cat([advantages[1:], torch.zeros(1)])
-    print("try  reward       V   delta       A       R  A of the batch, normalised")
+    print("try  reward       V   delta       A       R  A as the update uses it")
     for k, turn in enumerate(episodes[e].turns):
         numbers = turn.reward, values[k], deltas[k], advantages[k], returns[k], normal[k]
         print(f"{k:3d}" + "".join(f"  {number:6.2f}" for number in numbers))
@@ -643,7 +643,7 @@ def flags(argv=None):
             ("epochs", int, 2, "passes over the batch an update (paper: 4)"),
             ("minibatch", int, 32, "conversations an optimiser step (paper: 1,024 tries)"),
             ("micro-batch", int, 16, "conversations in memory at once; does not change the result"),
-            ("sample-batch", int, 0, "episodes played at once; 0 = all: speed and memory"),
+            ("sample-batch", int, 0, "episodes played at once, 0 = all: memory; changes the draws"),
             ("clip", float, 0.2, "clip range of the ratio (paper: 0.1)"),
             ("value-clip", float, 1.0, "clip range of the value, in units of reward (paper: 0.1)"),
             ("entropy-coef", float, 0.0, "weight of the entropy bonus (paper: 0.01, unused)"),

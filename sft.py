@@ -1,8 +1,8 @@
 """Stage 1, supervised fine-tuning: show the model expert answers until it knows the format.
 
 Paper: arXiv 2501.17161, section 5 and appendix C.1. SFT is both the START of RL (a short run) and
-its RIVAL (the same run, scaled up): "SFT memorises" is a statement about what happens when this
-file is left running.
+its RIVAL (a second, longer run from that start): "SFT memorises" is a statement about what happens
+when this file is left running.
 
   1. turn a conversation into token ids and a loss mask, segment by segment
   2. forward; log-probability of every answer token given all tokens before it
@@ -134,7 +134,7 @@ def encode(backbone, conversation):
             part = answer_ids(backbone, turn["content"])
         ids += part
         mask += [int(turn["learn"])] * len(part)
-    mask[0] = 0         # nothing predicts it: only backbones/ learns a first turn
+    mask[0] = 0         # no token before it predicts it (backbones/ learns first turns)
     return {"ids": ids, "mask": mask, "picture": picture}
 
 
@@ -250,9 +250,9 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
 
 
 def learning_mode(backbone, on):
-    """Train mode if gradients are checkpointed (Hugging Face ties the two), else eval mode.
+    """Train mode only where activations are recomputed (Hugging Face ties the two), else eval mode.
 
-    Without dropout PPO's ratios begin at 1. Sampling in train mode gives wrong tokens, silently.
+    Eval mode has no dropout: PPO's ratios begin at 1. Sampling never runs in train mode (see play).
     """
     backbone.model.train(on and backbone.checkpointing)
 

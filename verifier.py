@@ -11,7 +11,7 @@ Paper: arXiv 2501.17161, section 3; the reward tables are those of appendices A.
 An answer is HOSTILE INPUT: the policy (the model that plays) is paid for whatever this file
 believes. So the formula is parsed and never handed to Python's eval; arithmetic is exact (8/(3-8/3)
 is 24, not 23.999...); lengths and depths are limited; whatever an answer holds, verify_gp and
-verify_virl raise nothing. Keep its special tokens: without them `1<|im_start|>0` would read as 10.
+verify_virl raise nothing. Decode it WITH its special tokens, or `1<|im_start|>0` reads as 10.
 
     >>> verify_gp('{"cards": ["8","3","8","3"], "number": [8,3,8,3], "formula": "8/(3-8/3)=24"}',
     ...           ["8", "3", "8", "3"], [8, 3, 8, 3]).kind
@@ -120,7 +120,7 @@ class IllegalFormula(ValueError):
 
     def __init__(self, token, why):
         # A token is echoed back to the model inside the next user turn, so it must not carry chat
-        # markup such as <|end|>: a token is a number or ONE character, and plain ASCII at that.
+        # markup such as <|end|>: a token is a number, ONE character or `end`, all plain ASCII.
         self.token = "".join(c for c in token[:8] if c.isascii() and c.isprintable()) or "?"
         self.why = why
         super().__init__(f"{why} at '{self.token}'")
@@ -219,7 +219,7 @@ GP_REWARDS = {
     "correct": 5.0,         # a legal formula that equals the target: the episode ends
     "wrong value": -1.0,    # legal, each card once, but another value or right side
     "wrong numbers": -2.0,  # legal, but not on exactly the hand's numbers: J was taken for 10
-    "illegal": -3.0,        # not a formula at all
+    "illegal": -3.0,        # no formula, several, one outside the grammar, too long
     "out of tries": -1.0,   # added to the last failed try of an episode
     "misread cards": -1.5,  # added when the cards were read wrongly off the picture (GP-VL)
 }
@@ -242,7 +242,7 @@ GP_MESSAGES = {
 class Verdict:
     """What the verifier found in an answer to a hand."""
 
-    kind: str                   # a key of GP_REWARDS
+    kind: str                   # one of the first four keys of GP_REWARDS
     reward: float               # without "out of tries"
     message: str                # one clause or more
     cards_right: bool           # `cards` is the hand, in any order

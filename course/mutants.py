@@ -427,7 +427,7 @@ MUTANTS = [
              "    left = list(order.values())\n    for row in rows:\n        at ="),
             ("add_advantages", "order[t] for t in", "left.pop(0) for t in")]),
         ("learns where all episodes were paid alike", "what would such a batch teach?",
-         "len(paid) > 1 and len(set().union(*paid)) > 1 or len(episodes) == 1", "True")),
+         "len(episodes) == 1 or (len(paid) > 1 and len(set().union(*paid)) > 1)", "True")),
     # --- 14
     *of("rl.policy_loss",
         ("takes max for min", "which of the two is the pessimist?", "torch.min(", "torch.max("),

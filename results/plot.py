@@ -19,6 +19,7 @@ checkpoints) and metrics.jsonl (what training said on its way). No model is load
     python results/plot.py runs --shifts --out shifts.png          rule and hands apart, and `fake`
     python results/plot.py runs --tries --out tries.png            RL by its tries in training
     python results/plot.py runs --heals --out heals.png            RL by the SFT steps before it
+    python results/plot.py runs --map distance.json --out map.png  what distance.py wrote: OOD by KL
     python results/plot.py --sheet 6 --task gp-vl --out hands.png      hands, or street views
 
 For a figure of your own, call `draw_panels`: it needs points and a title, no runs.
@@ -686,8 +687,8 @@ def runs_by(key, folders, measures):
         other = found.setdefault(key(run), {}).setdefault(run.seed, run)
         if other is not run:
             what = key.__name__.replace("_", " ")
-            raise Problem(f"{other.folder} and {run.folder} have the same seed and the same {what}: "
-                          "name runs that differ in nothing else")
+            raise Problem(f"{other.folder}, {run.folder}: the same seed and the same {what}; name "
+                          "runs that differ in nothing else")
     if not found:
         raise Problem("no run of rl.py that measured start and end on held-out hands, ID and OOD")
     return dict(sorted(found.items()))
@@ -761,6 +762,70 @@ def plot_heals(folders, path):
           "|---" * (1 + len(steps)) + "|",
           "| seeds | " + " | ".join(str(len(runs)) for runs in steps.values()) + " |",
           *lines, sep="\n")
+
+
+# Panels of the map: {key of a row of distance.py: what it is}.
+MAP = {"id start||policy": "ID prompts: KL(start || policy)",
+       "ood start||policy": "rule OOD prompts: KL(start || policy)"}
+
+
+def read_distances(files):
+    """{"folder/step-000123": row} of what distance.py wrote. Raises Problem."""
+    found = {}
+    for file in files:
+        try:
+            for row in json.loads(pathlib.Path(file).read_text()):
+                if not all(0 <= abs(row[key][0]) < 1e9 for key in MAP):
+                    raise ValueError("a distance is none")
+                found["/".join(pathlib.Path(row["model"]).parts[-2:])] = row
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise Problem(f"{file}: not what distance.py writes ({error})") from None
+    return found
+
+
+def plot_map(folders, files, path, measure="first_try"):
+    """Rule OOD against the distance from the start, where RL's Razor (2509.04259) would look.
+
+    folders: runs of rl.py on gp-l that leave from checkpoints along one SFT run, measured at both
+    ends. files: what distance.py wrote of those checkpoints and of the runs' ends. A blue line
+    follows SFT, a red one leads from each checkpoint to where RL from there ends.
+    """
+    far, runs = read_distances(files), [run for run in read_runs(folders, "gp-l")
+                                        if run.kind == "rl"]
+    places = []                             # (steps of SFT, row and distance before and after RL)
+    for run in runs:
+        first, last = run.rows[0], run.rows[-1]
+        names = ("/".join(pathlib.Path(run.settings.get("init") or "").parts[-2:]).replace(
+                 "*", str(run.seed)), f"{run.folder.name}/step-{last['step']:06d}")
+        if first["step"] or not far.keys() >= set(names):
+            print(f"left out: {run.folder}, whose start or end has no distance or was not played")
+            continue
+        places.append((steps_of_sft(run), first, far[names[0]], last, far[names[1]]))
+    if not places:
+        raise Problem("no run whose two ends distance.py has measured, by their folders' names")
+    places.sort(key=lambda place: place[0])
+    panels = []
+    for key, title in MAP.items():
+        def point(row, distance):
+            """A point of the map: its rate has no range here."""
+            level = 100 * rate(row, "held-out/ood", measure)
+            return (distance[key][0], level, level, level)
+
+        series = [{"label": "then RL", "colour": ARMS["rl"][1][0],
+                   "points": [point(first, before), point(last, after)]}
+                  for _, first, before, last, after in places]
+        series.append({"label": "SFT", "colour": ARMS["sft"][1][0],
+                       "points": [point(first, before) for _, first, before, _, _ in places]})
+        panels.append({"title": title, "x_label": "nats an answer", "y_label": "%",
+                       "series": series})
+    draw_panels(panels, path, f"rule OOD, {HANDS[measure]}, by the distance from the start")
+    names = ["steps of SFT", *(f"{name}, SFT; then RL" for name in MAP.values()),
+             f"rule OOD, {HANDS[measure]}, SFT; then RL"]
+    print("| " + " | ".join(names) + " |", "|---" * len(names) + "|", sep="\n")
+    for steps, first, before, last, after in places:
+        cells = [f"{before[key][0]:.1f}; {after[key][0]:.1f}" for key in MAP]
+        levels = [100 * rate(row, "held-out/ood", measure) for row in (first, last)]
+        print(f"| {steps} | " + " | ".join(cells) + " | {:.1f}; {:.1f} |".format(*levels))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1054,6 +1119,8 @@ def main():
                         "in training instead (Fig. 10); name runs that differ in nothing else")
     parser.add_argument("--heals", action="store_true", help="gp-l: draw RL's ends by the steps of "
                         "SFT before it instead (Fig. 19); name runs that differ in --init alone")
+    parser.add_argument("--map", nargs="+", metavar="JSON", help="gp-l: draw rule OOD against the "
+                        "distance from the start instead; files of distance.py")
     parser.add_argument("--sheet", type=int, default=0, metavar="N", help="draw N hands (--task "
                         "gp-vl) or street views (virl-vl) instead")
     parser.add_argument("--out", default="figure.png", help="PNG file (default figure.png)")
@@ -1061,16 +1128,18 @@ def main():
     out = pathlib.Path(args.out).absolute()
     if out.is_dir() or not out.parent.is_dir():
         raise Problem(f"--out {args.out}: give a file in a folder that is there")
-    ends = args.shifts or args.tries or args.heals
+    ends = args.shifts or args.tries or args.heals or args.map
     if ends and args.task != "gp-l" or args.sheet and not args.task.endswith("-vl"):
-        raise Problem("--shifts, --tries, --heals are for gp-l alone, --sheet for --task gp-vl or "
-                      "virl-vl")
+        raise Problem("--shifts, --tries, --heals, --map are for gp-l alone, --sheet for --task "
+                      "gp-vl or virl-vl")
     if not 0 <= args.sheet <= 1000:
         raise Problem(f"--sheet {args.sheet}: give a number up to 1000")
     if args.sheet:
         draw_sheet(args.task, args.sheet, out)
     elif args.tries:
         plot_tries(args.folders or [HERE], out)
+    elif args.map:
+        plot_map(args.folders or [HERE], args.map, out)
     elif args.heals:
         plot_heals(args.folders or [HERE], out)
     elif args.shifts:

@@ -482,6 +482,36 @@ def test_rl_by_the_steps_of_sft_before_it_by_hand(tmp_path, monkeypatch, capsys)
     assert_one_line(*command(monkeypatch, capsys, plot, tmp_path, "--heals"), "from the backbone")
 
 
+def test_a_map_by_hand(tmp_path, monkeypatch, capsys):
+    """Catches the end of one run at the distance of another."""
+    for steps, (start, end) in {60: (0.2, 0.3), 400: (0.0, 0.1)}.items():
+        write_run(tmp_path / f"from{steps}-s0", "rl", 0, {0: 0.5, 7: 0.5},
+                  init=f"runs/hot-s0/step-{steps:06d}", more={"first_try": start})
+        rows = [json.loads(line) for line in
+                (tmp_path / f"from{steps}-s0" / "eval.jsonl").read_text().splitlines()]
+        rows[-1]["cells"]["held-out/ood"]["first_try"] = end
+        (tmp_path / f"from{steps}-s0" / "eval.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows))
+    far = [{"model": f"somewhere/{model}", "id start||policy": [one, 0.1],
+            "ood start||policy": [other, 0.1]}
+           for model, one, other in (
+               ("hot-s0/step-000060", 0, 0), ("hot-s0/step-000400", 4, 14),
+               ("from60-s0/step-000007", 1, 2), ("from400-s0/step-000007", 3, 9))]
+    (tmp_path / "far.json").write_text(json.dumps(far))
+    out = tmp_path / "map.png"
+    code, printed, _ = shown(monkeypatch, capsys, plot, tmp_path, "--map", tmp_path / "far.json",
+                             "--out", out)
+    assert code == 0 and Image.open(out).width > 800
+    assert "| 60 | 0.0; 1.0 | 0.0; 2.0 | 20.0; 30.0 |" in printed
+    assert "| 400 | 4.0; 3.0 | 14.0; 9.0 | 0.0; 10.0 |" in printed
+    (tmp_path / "far.json").write_text(json.dumps(far[:1]))
+    assert_one_line(*command(monkeypatch, capsys, plot, tmp_path, "--map", tmp_path / "far.json"),
+                    "distance.py has measured")
+    (tmp_path / "far.json").write_text('[{"model": 1}]')
+    assert_one_line(*command(monkeypatch, capsys, plot, tmp_path, "--map", tmp_path / "far.json"),
+                    "not what distance.py writes")
+
+
 def test_a_sheet_of_hands_has_rows_of_suits(tmp_path, monkeypatch, capsys):
     """Catches one picture many times, pictures that overlap, and red among the black."""
     out = tmp_path / "sheet.png"
