@@ -730,8 +730,7 @@ def plot_tries(folders, path):
 
 
 HEALS = (("held-out/ood", "first_try"), ("held-out/ood", "success"),
-         ("held-out/ood", "numbers_read"), ("held-out/id", "first_try"),
-         ("held-out/id", "success"))
+         ("held-out/ood", "numbers_read"), ("held-out/id", "success"))
 
 
 def plot_heals(folders, path):
