@@ -818,9 +818,9 @@ def plot_map(folders, files, path, measure="first_try"):
         panels.append({"title": title, "x_label": "nats an answer", "y_label": "%",
                        "series": series})
     draw_panels(panels, path, f"rule OOD, {HANDS[measure]}, by the distance from the start")
-    names = ["steps of SFT", *(f"{name}, SFT; then RL" for name in MAP.values()),
-             f"rule OOD, {HANDS[measure]}, SFT; then RL"]
-    print("| " + " | ".join(names) + " |", "|---" * len(names) + "|", sep="\n")
+    names = ["steps of SFT", *MAP.values(), f"rule OOD, {HANDS[measure]}, %"]
+    print("| " + " | ".join(name.replace(" ||", ",") for name in names) + " |",
+          "|---" * len(names) + "|", sep="\n")
     for steps, first, before, last, after in places:
         cells = [f"{before[key][0]:.1f}; {after[key][0]:.1f}" for key in MAP]
         levels = [100 * rate(row, "held-out/ood", measure) for row in (first, last)]
