@@ -453,7 +453,7 @@ class Policy:
         return compute(self.args.task, size, self.counts)
 
     def measure(self, step, hands):
-        """Play at 0.6, five tries (walks: two), whatever --temperature, --tries say; write it."""
+        """Play at 0.6, five tries (walks: two), not --temperature, --tries; write eval.jsonl."""
         args = self.args
         tqdm.write(f"after update {step}, {hands} episodes a cell:")
         splits = ["all"] if args.split == "all" else ["train", args.eval_split]

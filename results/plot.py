@@ -774,7 +774,7 @@ def read_distances(files):
     for file in files:
         try:
             for row in json.loads(pathlib.Path(file).read_text()):
-                if not all(0 <= abs(row[key][0]) < 1e9 for key in MAP):
+                if not all(abs(row[key][0]) < 1e9 for key in MAP):       # refuses nan, too
                     raise ValueError("a distance is none")
                 found["/".join(pathlib.Path(row["model"]).parts[-2:])] = row
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -782,16 +782,17 @@ def read_distances(files):
     return found
 
 
-def plot_map(folders, files, path, measure="first_try"):
+def plot_map(folders, files, path):
     """Rule OOD against the distance from the start, where RL's Razor (2509.04259) would look.
 
     folders: runs of rl.py on gp-l that leave from checkpoints along one SFT run, measured at both
     ends. files: what distance.py wrote of those checkpoints and of the runs' ends. A blue line
-    follows SFT, a red one leads from each checkpoint to where RL from there ends.
+    follows SFT, a red one leads from each checkpoint to where RL from there ends. Raises Problem
+    where runs of several seeds have distances: they have a start each.
     """
     far, runs = read_distances(files), [run for run in read_runs(folders, "gp-l")
                                         if run.kind == "rl"]
-    places = []                             # (steps of SFT, row and distance before and after RL)
+    places, seeds = [], set()       # places: (steps of SFT, row and distance before and after RL)
     for run in runs:
         first, last = run.rows[0], run.rows[-1]
         names = ("/".join(pathlib.Path(run.settings.get("init") or "").parts[-2:]).replace(
@@ -800,30 +801,30 @@ def plot_map(folders, files, path, measure="first_try"):
             print(f"left out: {run.folder}, whose start or end has no distance or was not played")
             continue
         places.append((steps_of_sft(run), first, far[names[0]], last, far[names[1]]))
+        seeds.add(run.seed)
     if not places:
         raise Problem("no run whose two ends distance.py has measured, by their folders' names")
+    if len(seeds) > 1:
+        raise Problem(f"the distances are of runs of {len(seeds)} seeds: a map has one start")
     places.sort(key=lambda place: place[0])
     panels = []
     for key, title in MAP.items():
-        def point(row, distance):
-            """A point of the map: its rate has no range here."""
-            level = 100 * rate(row, "held-out/ood", measure)
-            return (distance[key][0], level, level, level)
-
-        series = [{"label": "then RL", "colour": ARMS["rl"][1][0],
-                   "points": [point(first, before), point(last, after)]}
-                  for _, first, before, last, after in places]
+        lines = [[(distance[key][0], *[100 * rate(row, "held-out/ood", "first_try")] * 3)
+                  for row, distance in ((first, before), (last, after))]
+                 for _, first, before, last, after in places]
+        series = [{"label": "then RL", "colour": ARMS["rl"][1][0], "points": line}
+                  for line in lines]
         series.append({"label": "SFT", "colour": ARMS["sft"][1][0],
-                       "points": [point(first, before) for _, first, before, _, _ in places]})
+                       "points": [line[0] for line in lines]})
         panels.append({"title": title, "x_label": "nats an answer", "y_label": "%",
                        "series": series})
-    draw_panels(panels, path, f"rule OOD, {HANDS[measure]}, by the distance from the start")
-    names = ["steps of SFT", *MAP.values(), f"rule OOD, {HANDS[measure]}, %"]
+    draw_panels(panels, path, f"rule OOD, {HANDS['first_try']}, by the distance from the start")
+    names = ["steps of SFT", *MAP.values(), f"rule OOD, {HANDS['first_try']}, %"]
     print("| " + " | ".join(name.replace(" ||", ",") for name in names) + " |",
           "|---" * len(names) + "|", sep="\n")
     for steps, first, before, last, after in places:
         cells = [f"{before[key][0]:.1f}; {after[key][0]:.1f}" for key in MAP]
-        levels = [100 * rate(row, "held-out/ood", measure) for row in (first, last)]
+        levels = [100 * rate(row, "held-out/ood", "first_try") for row in (first, last)]
         print(f"| {steps} | " + " | ".join(cells) + " | {:.1f}; {:.1f} |".format(*levels))
 
 

@@ -504,6 +504,13 @@ def test_a_map_by_hand(tmp_path, monkeypatch, capsys):
     assert code == 0 and Image.open(out).width > 800
     assert "| 60 | 0.0; 1.0 | 0.0; 2.0 | 20.0; 30.0 |" in printed
     assert "| 400 | 4.0; 3.0 | 14.0; 9.0 | 0.0; 10.0 |" in printed
+    write_run(tmp_path / "from60-s1", "rl", 1, {0: 0.5, 7: 0.5}, init="runs/hot-s1/step-000060",
+              more={"first_try": 0.5})
+    both = far + [{**far[0], "model": model} for model in ("hot-s1/step-000060",
+                                                           "from60-s1/step-000007")]
+    (tmp_path / "far.json").write_text(json.dumps(both))
+    assert_one_line(*command(monkeypatch, capsys, plot, tmp_path, "--map", tmp_path / "far.json"),
+                    "2 seeds")
     (tmp_path / "far.json").write_text(json.dumps(far[:1]))
     assert_one_line(*command(monkeypatch, capsys, plot, tmp_path, "--map", tmp_path / "far.json"),
                     "distance.py has measured")
