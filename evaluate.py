@@ -435,8 +435,8 @@ def rate(outcomes):
     """A rate with an interval that knows of groups: {"rate", "count", "interval"}.
 
     outcomes: [(group, 0 or 1)]. 1,000 held-out hands are 96 multisets of numbers, and hands of one
-    multiset succeed or fail together; so do the tries of one walk. Wilson's interval is taken at
-    the number of independent outcomes that would have the variance between groups.
+    multiset succeed or fail together; so do the tries of one walk. Wilson's interval is given
+    an effective count: as many independent outcomes as would scatter like these groups.
     """
     groups = {}
     for group, hit in outcomes:
@@ -451,9 +451,9 @@ def rate(outcomes):
 def measure(episodes):
     """What a list of finished hands shows. Returns a dict of counts and rates in 0..1.
 
-    success: correct within the tries (the paper's measure). Of first answers: first_try, right;
-    cards_read, numbers_read, that field right (numbers: under the STATED rule); errors, kinds of
-    the wrong ones. tries: mean number of answers. cut: share of answers that were cut off.
+    success: correct within the tries (the paper's measure). Shares of first answers: first_try
+    (right), cards_read, numbers_read (that field right; numbers: by the STATED rule), errors
+    (wrong, by kind). tries: mean number of answers. cut: share of answers that were cut off.
     """
     # Reading is judged on the FIRST answer: later ones have seen the verifier's message, which
     # names the numbers that are missing and so gives the rule away.
@@ -581,7 +581,7 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
         results[name] = found | {
             "fresh": alone["success"], "fresh_interval": alone["interval"],
             "message": found["success"] - alone["success"],
-            # cards: the same draws in both plays; walks: later positions differ
+            # cards: the same draws in both plays, and one mean; walks: later positions differ
             "first_try": (found["first_try"] + alone["first_try"]) / 2}
     return results, kept
 
@@ -623,8 +623,9 @@ def evaluate_run(args, cells):
         spent = trained.get(step, {}).get("flops_spent", flops)     # SFT: all that is charged
         row = rows.setdefault(step, {"step": step, "hands": args.hands, "how": how, "flops": flops,
                                      "flops_spent": spent, "cells": {}})
-        if row.get("how", how) != how:
-            raise Problem(f"{path}: measured with {row['how']}: give the same flags, or move it")
+        if row.get("how") != how:
+            raise Problem(f"{path}: measured with {row.get('how', 'the flags of rl.py')}: give the "
+                          "same flags, or move it")
         lacking = dict.fromkeys(cell for cell, split in cell_splits(cells, args.splits, args.task)
                                 if f"{SPLIT_NAMES[split]}/{cell}" not in row["cells"])
         if not lacking:
@@ -653,8 +654,7 @@ def show(results):
     """One aligned line for each cell."""
     for name, m in results.items():
         low, high = m["interval"]
-        line = f"  {name:29s}first answer {m['first_try']:6.1%}"
-        line += f"  fresh {m['fresh']:6.1%}" if "fresh" in m else ""
+        line = f"  {name:29s}first answer {m['first_try']:6.1%}  fresh {m['fresh']:6.1%}"
         line += f"  conversation {m['success']:6.1%} [{low:.0%}, {high:.0%}]"
         if "per_step" in m:             # walks
             line += f"  per step {m['per_step']:6.1%}, on {m['per_step_on']:6.1%}"
@@ -696,8 +696,8 @@ def show_transcripts(episodes, count):
 def show_strip(args, models):
     """How models, {step: path}, read the first face card of --strip: a line each, JSON in --out.
 
-    p(11), say, and p(10): the expert's answer is read up to this number, as stated and as 10; p is
-    the product of the probabilities, at temperature 1, of the tokens in which the two differ. Where
+    p(11), say, and p(10): the expert's answer, cut behind this number, once as stated, once with 10
+    there; p is the product, at temperature 1, over the tokens in which the two texts differ. Where
     digits are tokens both share a "1": p is then the second digit's. Raises Problem.
     """
     cards = tuple(args.strip.upper().replace(",", " ").split())
@@ -753,6 +753,8 @@ def flags(argv=None):
             raise Problem(f"--cells {cell}: {args.task} has {', '.join(TASK_CELLS[args.task])}")
     if args.run and not args.strip and (args.out or args.show):
         raise Problem("--run writes eval.jsonl there: no --out; --show goes with --model")
+    if args.steps and not args.run:
+        raise Problem("--steps are checkpoints of a --run")
     return args
 
 

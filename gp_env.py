@@ -308,7 +308,7 @@ def failed_try(text, verdict):
 
 def _wrong_tries(rng, hand, pictured):
     """One to four random formulas with a wrong value or wrong numbers, about three in ten over a
-    misread card (text: number), and what the verifier says to each."""
+    misread card (in text: with a false number), and what the verifier says to each."""
     count, turns = int(rng.integers(1, 5)), []
     while len(turns) < 2 * count:
         seen, numbers = hand, hand.numbers
@@ -476,7 +476,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="which hand (default 0)")
     args = parser.parse_args()
     env = GeneralPoints(args.rule, face=args.rule == "face", split="all")
-    observation, _ = env.reset(args.seed)
+    observation, _ = env.reset(abs(args.seed))
     print(observation["text"] + "\n(You may also type the formula alone; an empty line gives up.)")
     terminated = truncated = False
     while not (terminated or truncated):

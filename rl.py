@@ -78,18 +78,18 @@ def conversations(episodes):
 
     ids    tokens of one whole conversation (one for each hand, or each position of a walk)
     mask   1 on sampled tokens, 0 on prompts and verifier messages: the policy did not choose those
-    value_at  for each try, the position of the last token BEFORE its answer. V is read there: a
+    value_at  for each try, the the index of the last token BEFORE its answer. V is read there: a
            baseline must not know the action that it judges
     tries  for each try, (episode, number of the try), to find its reward and advantage
     picture  what the conversation shows, as tensors (sft.encode_picture), or None
 
     In a walk a new position begins a new conversation, and the number of the try runs on:
 
-        position of the rail    1             2        3
+        stop on the rail        1             2        3
         tries                   wrong right   right    wrong wrong
         rows                    (e,0) (e,1)   (e,2)    (e,3) (e,4)
 
-        position   0  1  2   3  4  5   6  7   8  9
+        index      0  1  2   3  4  5   6  7   8  9
         token      p  p  p   a  a  .   m  m   a  .       p prompt, a answer, . end, m message
         mask       0  0  0   1  1  1   0  0   1  1       value_at [2, 7], tries [(e, 0), (e, 1)]
     """
@@ -210,8 +210,8 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns False, with advantages of 0, if there are several episodes and all of them or all tries
-    were paid alike: nothing tells good from bad, normalising would teach the critic's rounding.
+    Returns False, with advantages of 0, where nothing tells good from bad: of several episodes, all
+    had the same rewards, or all tries had. Normalising would teach the critic's rounding.
     """
     # An episode may lie in several rows. What follows the last try at a position is V of the next
     # position, read in ANOTHER row: forgetting the words ends a conversation, not the episode.
@@ -293,16 +293,16 @@ def answer_lengths(row):
     return [sum(row["mask"][a:b]) for a, b in zip(starts, bounds)]
 
 
-def minibatch_loss(backbone, head, part, args, tokens, tries):
+def minibatch_loss(backbone, head, micro, args, tokens, tries):
     """Loss of one micro-batch, as its share of a minibatch with `tokens` tokens and `tries` tries.
 
     Dividing by the totals of the MINIBATCH makes --micro-batch a dial for memory alone.
     Returns (loss, statistics): this part's shares, which add up to those of the minibatch.
     """
-    logprobs, entropy, values = score(backbone, head, part, args.temperature, args.value_trunk)
-    old, advantages, returns, old_values = (torch.cat([r[key] for r in part]) for key in (
+    logprobs, entropy, values = score(backbone, head, micro, args.temperature, args.value_trunk)
+    old, advantages, returns, old_values = (torch.cat([r[key] for r in micro]) for key in (
         "logprobs", "advantages", "returns", "values"))
-    counts = torch.tensor([n for r in part for n in answer_lengths(r)], device=logprobs.device)
+    counts = torch.tensor([n for r in micro for n in answer_lengths(r)], device=logprobs.device)
     if args.ratio == "token":
         # Each token is an action of its own, with its answer's advantage. While all ratios are 1
         # this has the gradient of the other way, but for the factor tries / tokens: the log of a
@@ -448,19 +448,30 @@ class Policy:
         self.measured = sft.Metrics(self.folder, self.first if saved else None, "eval.jsonl")
 
     def compute(self):
-        """FLOPs so far, see `compute`."""
-        size = task_parameters(self.backbone.model, pictured(self.args.task))
-        return compute(self.args.task, size, self.counts)
+        """FLOPs so far: by the paper's formula (README eq. 6) and really spent (eq. 7).
+
+        The paper charges 2 N * 6 * D_RL for sampling (V-IRL: 5.1), as if every new token read the
+        whole conversation again; with a cache the sampler reads each token once, scoring again.
+        """
+        size = task_parameters(self.backbone.model, pictured(self.args.task))           # N
+        counts, again = self.counts, 5.1 if self.args.task.startswith("virl") else 6
+        training = 6 * size * (counts["init"] + counts["trained"])
+        return {"flops": training + 2 * size * again * counts["trained"],
+                "flops_spent": training + 2 * size * 2 * counts["sampled"]}
 
     def measure(self, step, hands):
         """Play at 0.6, five tries (walks: two), not --temperature, --tries; write eval.jsonl."""
         args = self.args
         tqdm.write(f"after update {step}, {hands} episodes a cell:")
-        splits = ["all"] if args.split == "all" else ["train", args.eval_split]
-        results, _ = evaluate(
-            self.backbone, CURVE_CELLS[args.task] if args.ood else ["id"], splits, hands,
-            args.max_new_tokens, args.task, batch=args.sample_batch or 256,
-            shown=sft.picture_options(args), where=sft.places(args))
+        cells = CURVE_CELLS[args.task] if args.ood else ["id"]
+        # of what was trained on, the training rule alone: it shows what is known by heart
+        games = {"all": cells} if args.split == "all" else {"train": ["id"], args.eval_split: cells}
+        results = {}
+        for split, cells in games.items():
+            results |= evaluate(
+                self.backbone, cells, [split], hands, args.max_new_tokens, args.task,
+                batch=args.sample_batch or 256, shown=sft.picture_options(args),
+                where=sft.places(args))[0]
         self.measured.write({"step": step, "hands": hands} | self.compute() | {"cells": results})
         show(results)
 
@@ -471,19 +482,6 @@ class Policy:
             "counts": self.counts, "tokens": self.counts["init"] + self.counts["trained"]})
         for _, path in checkpoints(self.folder)[:-2]:
             shutil.rmtree(path)
-
-
-def compute(task, size, counts):
-    """FLOPs so far: by the paper's formula (README eq. 6) and really spent (eq. 7).
-
-    size: parameters N. counts: of tokens, as in `Policy`. The paper charges 2 N * 6 * D_RL for
-    sampling (V-IRL: 5.1), as if every new token read the whole conversation again; with a cache the
-    sampler reads each token once, the scoring pass once more.
-    """
-    again = 5.1 if task.startswith("virl") else 6
-    training = 6 * size * (counts["init"] + counts["trained"])
-    return {"flops": training + 2 * size * again * counts["trained"],
-            "flops_spent": training + 2 * size * 2 * counts["sampled"]}
 
 
 def explained_variance(values, returns):
@@ -606,11 +604,11 @@ def make_start(args):
     return path if (path / "state.pt").exists() else aside / path.name
 
 
-# Other tasks have other defaults. A walk has about 13 tries, as many as four hands, in 11
-# conversations instead of 4: 64 walks are as much experience as 256 hands, and a minibatch of as
-# many tries has 96 conversations. At twice this rate one seed of three fell below its start.
+# Other tasks have other defaults. A walk, over at its first miss, has about 13 tries, as many as
+# four hands, in 11 conversations, not 4: 64 walks are as much experience as 256 hands, and as many
+# tries a minibatch are 96 conversations. At twice this rate one seed of three fell below its start.
 WALKS = {"tries": virl_env.TRIES, "updates": 10, "episodes": 64, "minibatch": 96, "lr": 5e-5,
-         "eval_hands": 48, "eval_every": 5}
+         "eval_hands": 48}
 DEFAULTS = {"gp-vl": {"updates": 12, "lr": 1e-4}, "virl-l": WALKS, "virl-vl": WALKS}
 # --preset paper (appendix C.2, launch scripts): 2,048 tries an update, 1,024 an optimiser step
 PAPER = {"updates": 20, "episodes": 500, "tries": 5, "minibatch": 250, "temperature": 0.2,
@@ -650,7 +648,7 @@ def flags(argv=None):
             ("gamma", float, 0.9, "discount for each try (paper: 0.9)"),
             ("lam", float, 0.95, "lambda of GAE (paper: 0.95)"),
             ("eval-hands", int, 200, "hands or walks a cell at both ends"),
-            ("eval-every", int, 4, "updates between short evaluations")):
+            ("eval-every", int, 7, "updates between short evaluations")):
         walks = WALKS.get(name.replace("-", "_"), default)
         add(f"--{name}", type=kind, default=default, help=f"{text}; {default}, V-IRL: {walks}")
     add("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
@@ -662,6 +660,8 @@ def flags(argv=None):
     args = sft.parse_flags(parser, DEFAULTS, PRESETS, argv)
     if args.inspect and args.resume:
         raise Problem("--inspect looks at one checkpoint: give it as --init, without --resume")
+    if args.init and args.revise:
+        raise Problem("--init is the start itself: --revise would make another")
     if args.temperature <= 0:
         raise Problem("--temperature must be above 0: PPO needs a policy that explores")
     return args

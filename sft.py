@@ -19,7 +19,7 @@ Shapes: B conversations in a batch, T tokens of the longest, N answer tokens in 
 H hidden size, V vocabulary.
 
     python sft.py --ood --model START --lr 1e-4 --steps 570    RL's rival; rl.py prints its START
-    python sft.py --preset paper                               Llama-3.2-11B-Vision, 141 GB
+    python sft.py --preset paper                   Llama-3.2-11B-Vision, on a GPU of 141 GB
 
 At first parts 1 to 3 and `train` are enough. Read before: gp_env.py. Read next: evaluate.py.
 """
@@ -250,9 +250,9 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
 
 
 def learning_mode(backbone, on):
-    """Train mode only where activations are recomputed (Hugging Face ties the two), else eval mode.
+    """Train mode where activations are recomputed (Hugging Face has them in no other), else eval.
 
-    Eval mode has no dropout: PPO's ratios begin at 1. Sampling never runs in train mode (see play).
+    Eval mode even while learning: no dropout, so that PPO's ratios begin at 1.
     """
     backbone.model.train(on and backbone.checkpointing)
 
@@ -341,7 +341,7 @@ def run_sft(args, folder, stop, backbone):
 
     def draw(step):
         """The batch of a step: expert conversations of the training split."""
-        rng = np.random.default_rng([2, args.seed, step])   # 2, 3, RL's 1: streams kept apart
+        rng = np.random.default_rng([2, args.seed, step])   # 2; 3 below, 1 in RL: streams apart
         made = [expert(rng, split=args.split, revise=args.revise, **options | ruled)
                 for _ in range(args.batch)]
         for first, *_ in made if args.drop_pictures else ():
@@ -350,8 +350,8 @@ def run_sft(args, folder, stop, backbone):
 
     def held_out(**shift):
         """256 encoded conversations of the validation split."""
-        rng = np.random.default_rng([3])
-        return [encode(backbone, expert(rng, split="val", **options | shift)) for _ in range(256)]
+        rng, split = np.random.default_rng([3]), "val" if args.split == "train" else "all"
+        return [encode(backbone, expert(rng, split=split, **options | shift)) for _ in range(256)]
 
     asked = {"id": held_out()}
     if args.ood:
@@ -369,9 +369,10 @@ def run_sft(args, folder, stop, backbone):
     warmup = max(1, int((0.03 if args.preset else 0.01) * args.steps))
     # close together at first: the rise and the peak of OOD come early
     save_at = {start_step(args), 20, 40, 80, 150, *range(0, args.steps, args.save_every)}
-    return train(backbone, draw, folder, stop, lambda step: learning_rate(
-        step, args.steps, args.lr, warmup), save_at, args.micro_batch, args.resume, probe,
-        task_parameters(backbone.model, pictured(args.task)), tokens_before(args.model))
+    return train(
+        backbone, draw, folder, stop, lambda step: learning_rate(step, args.steps, args.lr, warmup),
+        save_at, args.micro_batch, args.resume, probe,
+        size=task_parameters(backbone.model, pictured(args.task)), tokens=tokens_before(args.model))
 
 
 def start_step(args):
@@ -428,9 +429,9 @@ def freeze(model, what):
 
 
 def save_checkpoint(folder, backbone, state=None):
-    """Write a checkpoint folder in one atomic move: Hugging Face files plus state.pt. Returns it.
+    """Write a checkpoint folder aside, then move it in place (an older one goes first). Returns it.
 
-    state: a dict of plain data and tensors, which weights_only can read.
+    Hugging Face files plus state.pt: `state`, plain data and tensors, which weights_only can read.
     """
     folder = pathlib.Path(folder)
     aside = folder.with_name(f".{folder.name}.tmp")
@@ -531,8 +532,9 @@ def open_run(folder, args, kind):
     if known.exists() or checkpoints(folder):
         if not args.resume:
             raise Problem(f"{folder} holds a run already: --resume it, or give another --out")
-        before = json.loads(known.read_text())
-        if before.pop("code", code) != code:
+        before, now = json.loads(known.read_text()), code
+        code = before.pop("code", code)         # of the beginning: that is what stays on record
+        if code != now:
             tqdm.write(f"--resume: the scripts are no longer those that {folder} began with")
         for key, value in before.items():
             if settings.get(key, value) != value:
@@ -689,8 +691,7 @@ def answer_length(backbone, args, tries=1):
     --max-new-tokens overrules it. Raises Problem if a conversation does not fit into the model.
     """
     name, rng = args.task.split("-")[0], np.random.default_rng(0)
-    options = game_options(args) | {"split": getattr(args, "split", "val"),
-                                    "revise": getattr(args, "revise", 0.0)}
+    options = game_options(args) | {"split": "all", "revise": getattr(args, "revise", 0.0)}
     rows = [encode(backbone, ENVIRONMENTS[name].expert_conversation(rng, **options | rule))
             for _ in range(32) for rule in ({}, OTHER_RULE[name])]
     longest = max(sum(row["mask"]) for row in rows)        # its end token included
@@ -1079,7 +1080,7 @@ def content_digest(args):
     """Eight hex digits of all that decides a run: its flags, the model's files, this code."""
     files = [HERE / f"{name}.py" for name in ("verifier", "gp_env", "virl_env", "sft")]
     for folder in filter(None, (HERE / "cities", args.model, args.routes)):
-        files += sorted(pathlib.Path(folder).glob("*.*"))
+        files += sorted(filter(pathlib.Path.is_file, pathlib.Path(folder).glob("*.*")))
     settings = {k: str(v) for k, v in vars(args).items() if k not in (*FREE, "ood", "model")}
     seen = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in files:

@@ -59,8 +59,8 @@ def _cut_cards(name, piece):
     if name != "formula":
         return re.findall("[A-Za-z0-9]+", piece.split("]", 1)[0])
     piece = piece.lstrip()
-    if piece[:1] in ("'", '"'):
-        piece = piece[1:].split(piece[0], 1)[0]
+    if piece[:1] in ("'", '"'):     # all of it: what a guess is followed by is no other field
+        return piece[1:].split(piece[0], 1)[0]
     return re.split(r"[\n},]", piece, maxsplit=1)[0]
 
 
@@ -68,7 +68,7 @@ def _cut_walk(_, piece):
     """A text, up to the quote that closes it, or to the end of its line or object."""
     piece, end = piece.lstrip(), r"[\n}]"
     if piece[:1] in ("'", '"'):     # not every quote closes: Joe's Cafe has one inside
-        piece, end = piece[1:], piece[0] + r"\s*(?:[,}\n]|$)"
+        piece, end = piece[1:], piece[0] + r"\s*(?:,?\s*(?:[}\n]|$)|,\s*['\"])"
     return re.split(end, piece, maxsplit=1)[0].strip(" \t\r,;")
 
 
@@ -126,7 +126,7 @@ class IllegalFormula(ValueError):
         super().__init__(f"{why} at '{self.token}'")
 
 
-def _cut(text):
+def _tokens(text):
     """The tokens of a formula: numbers, + - * / ( ) = and a last "end"."""
     tokens = re.findall(r"[0-9]+|\S", text)
     for token in tokens:
@@ -196,7 +196,7 @@ def parse_formula(text):
     text = text.translate(_SAME_SIGN)
     if len(text) > MAX_FORMULA:
         raise IllegalFormula(text[0], "length")
-    tokens, numbers, right = _cut(text), [], None
+    tokens, numbers, right = _tokens(text), [], None
     value = _expression(tokens, numbers, 0)
     if tokens[0] == "=":
         tokens.pop(0)

@@ -8,8 +8,7 @@ Paper: arXiv 2501.17161, section 4.2 and appendix B. The knob that the whole pro
 
 Each step names BOTH words ("turn left, to face northwest"), and the prompt lists the legal ones. A
 model that READS the list transfers; one that has memorised "copy the compass word" fails. Neither
-SFT nor RL ever sees a relative word as an answer; the small backbone has, in one of the four
-vocabularies of its corpus.
+SFT nor RL ever sees a relative word as an answer; the small backbone has, in a third of its corpus.
 
   1. the words of the prompt
   2. the walk: a route, the rail of positions along it (start, points on the way, crossings, end),
@@ -54,7 +53,7 @@ DROP = 0.5              # share of the points along the way left out, anew at ea
 
 RELATIVE = ("left", "right", "slightly left", "slightly right")
 VOCABULARIES = {"compass": COMPASS, "relative": RELATIVE}
-RULES = {"absolute": "compass", "relative": "relative"}     # legal words of turn_direction(x)
+RULES = {"absolute": "compass", "relative": "relative"}     # rule: its legal words for x
 
 PROMPT = ("[Task] You walk through a city by the steps below. Say what you see now, which step you "
           "are at, and what to do.\n"
@@ -249,7 +248,7 @@ class Navigation:
         heading = self.route.init_heading or int(rng.integers(360))     # 0 means: any
         self.rail = lay_rail(self.route, heading, rng, self.drop)
         self.steps = write_steps(self.route, heading)
-        self.at, self.used, self.success, self.past = 0, 0, True, []
+        self.at, self.used, self.past = 0, 0, []
         if isinstance(position, float):
             position = int(position * len(self.rail))
         while self.at < position:
@@ -274,8 +273,7 @@ class Navigation:
         """Judge one answer. Returns (observation, reward, terminated, truncated, info).
 
         terminated: the walk is over. truncated: the tries here are used up (never with go_on).
-        info describes the position that was judged: "kind", "try" (from 1), "correct", "verdict",
-        "route", "position" (from 0), "success" (no position was missed up to here, this included).
+        info is about the position that was judged: "route", "position", "kind", "try", "verdict".
         """
         verdict = verify_virl(text, self.expert_action(self.scored), self.position.observation,
                               VOCABULARIES[self.scored])
@@ -284,7 +282,6 @@ class Navigation:
         out_of_tries = not verdict.correct and self.used >= self.tries
         if out_of_tries:
             reward += VIRL_REWARDS["out of tries"]
-            self.success = False
         info = self._info(verdict)
         if verdict.correct or (out_of_tries and self.go_on):
             if self.position.kind == "stop":
@@ -303,8 +300,7 @@ class Navigation:
 
     def _info(self, verdict=None):
         return {"route": self.route.index, "position": self.at, "kind": self.position.kind,
-                "try": self.used, "verdict": verdict, "success": self.success,
-                "correct": verdict is not None and verdict.correct}
+                "try": self.used, "verdict": verdict}
 
     def _say(self, text):
         return {"text": text, "image": None, "new_conversation": False}
@@ -472,7 +468,7 @@ def main():
         env = Navigation(where, args.rule, "all")
     except RouteProblem as problem:
         parser.error(str(problem))
-    observation, _ = env.reset(args.seed)
+    observation, _ = env.reset(abs(args.seed))
     if args.picture:
         save_pictures(env, pathlib.Path(args.picture))
     print(observation["text"] + "\n(Type the action, or a whole answer; an empty line gives up.)")

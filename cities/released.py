@@ -120,7 +120,7 @@ class Atlas:
             routes, _ = json.loads(infos)
             for raw in routes:
                 self.routes.append(self._read_route(raw))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:      # what is not as the format says can raise nearly anything
             raise RouteProblem(f"{where}/{INFOS}, route {len(self)}: {error!r}") from None
         self.visited = {panorama for route in self.routes
                         for panorama in route.panoramas + sum(route.between, ())}
@@ -143,10 +143,11 @@ class Atlas:
     def _street_view(self, panorama, limit=-1):
         """(the first `limit` bytes of the picture, or all; rotation) of a panorama."""
         file = f"street_views/{panorama}.metadata.json"
+        data = self.load(file)
         try:
-            rotation = json.loads(self.load(file))["rotation"]
-        except KeyError:
-            raise RouteProblem(f"{self.where}/{file}: no rotation") from None
+            rotation = float(json.loads(data)["rotation"])
+        except Exception:
+            raise RouteProblem(f"{self.where}/{file}: no rotation, in degrees") from None
         return self.load(f"street_views/{panorama}.jpg", limit), rotation
 
     def _read_mapping(self):
@@ -154,14 +155,15 @@ class Atlas:
         file, data = f"{self.where}/{MAPPING}", self.load(MAPPING)
         try:
             mapping = _PlainUnpickler(io.BytesIO(data)).load()
+            keys = sorted(mapping)
+            coordinates = np.array(keys, float).reshape(-1, 2)
+            for panorama in mapping.values():
+                # The id becomes part of a file's name: it must not lead out of the folder.
+                if not re.fullmatch(r"[\w:=-][\w.:=-]{0,99}", panorama):
+                    raise ValueError(f"{panorama[:60]!r} is not a panorama id")
         except Exception as error:      # a damaged pickle can raise nearly anything
             raise RouteProblem(f"{file}: {error!r}") from None
-        for panorama in mapping.values():
-            # The id becomes part of a file's name: it must not lead out of the folder.
-            if not re.fullmatch(r"[\w:=-][\w.:=-]{0,99}", panorama):
-                raise RouteProblem(f"{file}: {panorama[:60]!r} is not a panorama id")
-        keys = sorted(mapping)
-        return np.array(keys), [mapping[key] for key in keys]
+        return coordinates, [mapping[key] for key in keys]
 
     def _read_route(self, raw):
         """The next route of the JSON file, snapped to panoramas."""

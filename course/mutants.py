@@ -172,10 +172,10 @@ MUTANTS = [
             ("_factor", 'token = tokens.pop(0)\n', 'token = tokens.pop(0)\n    if token == "-":\n'
              '        return -_factor(tokens, numbers, depth)\n')]),
         ("takes numbers with a leading zero", "013: Python and people disagree on it", [
-            ("_cut", 'len(token) > 1 and token[0] == "0"', "False")]),
+            ("_tokens", 'len(token) > 1 and token[0] == "0"', "False")]),
         ("takes digits of other scripts", "str.isdigit knows more digits than 0 to 9", [
-            ("_cut", r'r"[0-9]+|\S"', r'r"\d+|\S"'),
-            ("_cut", "token.isascii() and token.isdigit()", "token.isdecimal()")]),
+            ("_tokens", r'r"[0-9]+|\S"', r'r"\d+|\S"'),
+            ("_tokens", "token.isascii() and token.isdigit()", "token.isdecimal()")]),
         ("does not mind what follows the formula", "junk after the end is no formula",
          'if rest == "end":', 'if rest != "=":'),
         ("has no limit to its depth", "MAX_DEPTH, and hostile input", [
@@ -183,7 +183,7 @@ MUTANTS = [
         ("has no limit to the length of a text", "MAX_FORMULA", "len(text) > MAX_FORMULA",
          "False"),
         ("has no limit to the digits of a number", "MAX_DIGITS", [
-            ("_cut", "len(token) > MAX_DIGITS", "False")]),
+            ("_tokens", "len(token) > MAX_DIGITS", "False")]),
         ("lets ZeroDivisionError out", "division by zero is illegal, and said so", [
             ("_term", 'if sign == "/" and other == 0:', "if False:")]),
         ("calls a division by zero 0", "8/(3-3)*0 has no value", [
@@ -193,7 +193,7 @@ MUTANTS = [
             ("_factor", 'after = tokens.pop(0)',
              'after = tokens.pop(0) if tokens[0] != "end" else "end"')]),
         ("takes 2 3 for one number", "blanks end a number", [
-            ("_cut", "text)\n    for token", 'text.replace(" ", ""))\n    for token')]),
+            ("_tokens", "text)\n    for token", 'text.replace(" ", ""))\n    for token')]),
         ("loses the right side", "the third thing that is returned",
          "return value, numbers, right", "return value, numbers, None"),
         ("collects the numbers of the right side, too", "the numbers used on the left",

@@ -35,7 +35,7 @@ PROBLEMS = [
             helpers=("verifier._judge_formula",)),
     Problem(2, "Parse, never evaluate", 6, 60, "recursive descent, hostile input, exact fractions",
             {"verifier.parse_formula": 6},
-            helpers=("verifier._cut", "verifier._expression", "verifier._term",
+            helpers=("verifier._tokens", "verifier._expression", "verifier._term",
                      "verifier._factor")),
     Problem(3, "Attack", 6, 30, "specification gaming", {"attack": 6}),
     Problem(4, "Silence pays", 4, 30, "reward design, thresholds", {"verifier.verify_virl": 3},

@@ -44,9 +44,10 @@ def answer_logprobs(backbone, rows):
     return torch.stack(sums)
 
 
-def first_answers(backbone, cell, task, hands, longest):
-    """Rows (rl.conversations) of one answer to each of `hands` validation hands, sampled at 1."""
-    envs, seeds = cell_environments(cell, "val", hands, task, tries=1)
+def first_answers(backbone, cell, args, longest):
+    """Rows (rl.conversations) of one answer to each of args.hands validation hands, sampled at 1."""
+    envs, seeds = cell_environments(cell, "val", args.hands, args.task, tries=1,
+                                    shown=sft.picture_options(args), where=sft.places(args))
     generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED)
     # a walk goes on after a miss: its first position is enough, and is the same for all policies
     rows = conversations(play(backbone, envs, seeds, 1.0, longest, generator))
@@ -71,12 +72,12 @@ def main():
         open(args.out, "a").close()         # a path that fails, fails now
     start, found = sft.open_backbone(args, args.start), []
     longest = sft.answer_length(start, args)
-    asked = {cell: first_answers(start, cell, args.task, args.hands, longest)
+    asked = {cell: first_answers(start, cell, args, longest)
              for cell in ("id", "ood")}
     for name in args.models:
         policy, row = sft.open_backbone(args, name), {"model": str(name), "hands": args.hands}
         for cell, rows in asked.items():
-            own = first_answers(policy, cell, args.task, args.hands, longest)
+            own = first_answers(policy, cell, args, longest)
             row |= {f"{cell} policy||start": divergence(policy, start, own),
                     f"{cell} start||policy": divergence(start, policy, rows)}
         found.append(row)

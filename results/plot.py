@@ -84,7 +84,7 @@ def read_runs(folders, task):
     for folder in sorted(paths):
         try:
             args = json.loads((folder / "args.json").read_text())
-            rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+            rows = read_lines(folder / "eval.jsonl")
             if not rows or args.get("task", task) != task:      # not measured yet, or another game
                 continue
             for row in rows:
@@ -128,8 +128,9 @@ def settings_of(args):
                 if key not in ("seed", "code", "save_every") and not key.startswith("eval_")}
     for key in ("model", "init"):
         if isinstance(settings.get(key), str):
-            settings[key] = re.sub(rf"(?<![A-Za-z0-9])(s|seed){args['seed']}(?![0-9])", r"\1*",
-                                   settings[key])
+            # rl.py puts a digest behind the seed of a start, which counts the seed, too
+            seed = rf"(?<![A-Za-z0-9])(s|seed){args['seed']}(-[0-9a-f]{{8}})?(?![0-9])"
+            settings[key] = re.sub(seed, r"\1*", settings[key])
     return settings
 
 
@@ -220,8 +221,6 @@ def label(family, arm, flags):
     for flag in flags:
         value, words = arm.settings.get(flag), flag.replace("_", "-")
         if flag in ("lr", "drop_pictures") or value is None or value is (flag in ON):
-            continue
-        if flag in ("episodes", "minibatch") and "tries" in flags:      # they keep compute equal
             continue
         if flag in ("model", "init"):       # a path: its end will do
             words += " " + "/".join(pathlib.Path(value).parts[-2:])
@@ -407,7 +406,8 @@ def gained(row, before, cell, measure):
                 talk - alone + math.hypot(high - talk, alone - alone_low))
     counted = []                            # hits and count of the row, then of the one before
     for one in (row, before):
-        count = one["cells"][cell].get(SHARE_OF.get(measure), one["hands"])
+        found = one["cells"][cell]
+        count = found.get(SHARE_OF.get(measure), found.get("count", one["hands"]))
         counted += [rate(one, cell, measure) * count, count]
     return gain(*counted)
 

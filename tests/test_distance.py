@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import gp_env
 import sft
 
@@ -41,7 +42,8 @@ def test_the_logprob_of_an_answer_is_the_sum_of_its_tokens(tiny, rows):
 def test_divergence_is_zero_from_itself_and_has_the_sign_of_the_better_model(tiny, rows):
     """The two models are swapped: what `one` sampled would look likelier under the other."""
     assert distance.divergence(tiny, tiny, rows) == (0.0, 0.0)
-    sampled = distance.first_answers(tiny, "id", "gp-l", 8, 12)
+    args = evaluate.flags(["--hands", "8"])
+    sampled = distance.first_answers(tiny, "id", args, 12)
     assert len(sampled) == 8 and all(len(row["value_at"]) == 1 for row in sampled)
     other = sft.wrap_backbone(copy.deepcopy(tiny.model), tiny.tokenizer)
     with torch.no_grad():

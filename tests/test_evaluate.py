@@ -653,6 +653,10 @@ def test_a_run_is_measured_in_one_way(model, tmp_path, monkeypatch, capsys, args
     else:
         row, = map(json.loads, (tmp_path / "eval.jsonl").read_text().splitlines())
         assert list(row["cells"]) == ["held-out/id", "held-out/fake"]
+        del row["how"]                          # as rl.py writes its rows
+        (tmp_path / "eval.jsonl").write_text(json.dumps(row) + "\n")
+        code, error = command(monkeypatch, capsys, evaluate, *flags)
+        assert_one_line(code, error, "evaluate.py: ", "rl.py")
 
 
 @pytest.mark.parametrize("name, text", [

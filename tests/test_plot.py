@@ -141,6 +141,25 @@ def test_each_arm_of_sft_is_compared_with_its_own_start(tmp_path):
     assert sum(name.startswith("start") for name in head) == 3
 
 
+def test_starts_of_one_recipe_make_one_arm(tmp_path):
+    """Catches arms that fall apart by the digest in the name of each seed's start; and a run that
+    cannot be drawn while its next line is being written."""
+    for seed, digest in ((0, "f4db837b"), (1, "276899ce")):
+        write_run(tmp_path / str(seed), "sft", seed, {9: 0.4},
+                  model=f"runs/start-gp-l-s{seed}-{digest}/step-000060")
+    (tmp_path / "1" / "eval.jsonl").open("a").write('{"step": 10, "ha')
+    arm, = arms_in(tmp_path)
+    assert sorted(arm.runs) == [0, 1]
+
+
+def test_arms_that_differ_have_names_that_differ(tmp_path):
+    """Catches one arm's level printed as another's."""
+    for tries, episodes in ((1, 560), (5, 256), (5, 128)):
+        write_run(tmp_path / f"{tries}-{episodes}", "rl", 0, {0: 0.1, 9: 0.4}, tries=tries,
+                  episodes=episodes)
+    assert len({arm.label for arm in arms_in(tmp_path)}) == 3
+
+
 # ------------------------------------------------------------------------------------------------
 # Curves
 # ------------------------------------------------------------------------------------------------
@@ -581,7 +600,6 @@ LINE = ('{{"step": 0, "hands": {hands}, "flops_spent": {flops}, "cells": '
 
 
 @pytest.mark.parametrize("name, content", [
-    ("eval.jsonl", '{"step": 0, "flo'),
     ("eval.jsonl", '{"step": 0}\n'),
     ("eval.jsonl", '[1, 2]\n'),
     ("eval.jsonl", '{"step": 0, "flops": 1, "cells": {"held-out/id": {}}}\n'),
@@ -594,7 +612,7 @@ LINE = ('{{"step": 0, "hands": {hands}, "flops_spent": {flops}, "cells": '
     ("eval.jsonl", LINE.format(hands=9, flops=1, rate='0.5, "interval": [0.6, 0.4]')),
     ("eval.jsonl", LINE.format(hands=9, flops=1, rate='0.5, "interval": "ab"')),
     ("eval.jsonl", LINE.format(hands=9, flops=1, rate='0.5, "count": "9"')),
-    ("eval.jsonl", "[" * 100_000),
+    ("eval.jsonl", "[" * 100_000 + "\n"),
     ("args.json", "{"),
     ("args.json", "[]"),
     ("args.json", "{}"),

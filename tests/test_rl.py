@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -1001,6 +1002,7 @@ def test_a_model_that_is_too_short_is_refused_before_anything_is_trained(tiny, t
     (["--init", "nowhere"], ["nowhere"]),
     (["--init", "none", "--model", "nowhere"], ["none"]),
     (["--model", "nowhere", "--init", ""], ["--init"]),
+    (["--revise", "0.5"], ["--init", "--revise"]),
     (["--temperature", "0"], ["--temperature"]),
     (["--temperature", "nan"], ["--temperature"]),
     (["--lr", "nan"], ["--lr"]),
@@ -1231,3 +1233,15 @@ def test_mutant_arguments_that_change():
         return rl.gae(rewards, values, terminated, truncated, gamma, lam)
 
     rejected(check_gae, gae)
+
+
+def test_compute_by_hand(monkeypatch):
+    """Eq. 6 or 7 with a wrong factor, or walks charged as cards are."""
+    counts = {"init": 10, "trained": 20, "sampled": 5}
+    monkeypatch.setattr(rl, "task_parameters", lambda model, pictures: 6)           # N
+    for task, again in (("gp-l", 6), ("virl-l", 5.1)):
+        policy = types.SimpleNamespace(args=argparse.Namespace(task=task), counts=counts,
+                                       backbone=types.SimpleNamespace(model=None))
+        found = rl.Policy.compute(policy)
+        assert found["flops"] == 6 * 6 * 30 + 2 * 6 * again * 20
+        assert found["flops_spent"] == 6 * 6 * 30 + 2 * 6 * 2 * 5

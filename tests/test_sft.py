@@ -763,6 +763,7 @@ def test_training_sees_no_held_out_hand(tiny, tmp_path, monkeypatch):
 def test_a_start_is_known_by_its_content(model, tmp_path, monkeypatch):
     """Catches "made by an earlier run" for other weights, other flags or another prompt."""
     shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / ".cache").mkdir()             # as a download from the hub leaves it
     here, flags = sft.HERE, ["--model", str(tmp_path / "model")]
     found = sft.content_digest(sft.flags(flags))
     for alike in (["--out", "elsewhere"], ["--threads", "1"], ["--ood"], ["--micro-batch", "2"],
