@@ -4,7 +4,7 @@
       |      lines of JSON, one job a line
     server   this file as a program: imports the repository once, never runs a student's line
       |      fork, one child a job
-    child    limits, another user, no file: puts the student's function into OUR module, calls it
+    child    limits, another user: puts the student's function into OUR module, calls it
              with each example, writes one line of JSON for each outcome, and is killed
 
 A child is told arguments alone. It never hears the seed or an expected outcome, so there is nothing
@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import types
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -74,10 +75,21 @@ def statements(text):
         return ast.parse(text).body
     except SyntaxError:
         found = []
+    above = 0
     for piece in re.split(r"^(?=[@\w])", text, flags=re.MULTILINE):
         with contextlib.suppress(SyntaxError):
-            found += ast.parse(piece).body
+            found += [ast.increment_lineno(node, above) for node in ast.parse(piece).body]
+        above += piece.count("\n")
     return found
+
+
+def syntax_error(text, file):
+    """The first thing that Python cannot read in a text: file, line, its words; "" if nothing."""
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        return f"{file}, line {getattr(error, 'lineno', '?')}: {getattr(error, 'msg', error)}"
+    return ""
 
 
 def bound(node):
@@ -118,7 +130,9 @@ def put(module, text, function, own, allowed):
         vars(module).pop(name, None)
     nodes = needed(text, function, set(vars(module)), allowed)
     if not any(isinstance(node, ast.FunctionDef) and node.name == function for node in nodes):
-        raise LookupError(f"there is no function {function} that Python can read in the file")
+        mistake = syntax_error(text, f"{module.__name__}.py")
+        raise LookupError(f"there is no function {function} that Python can read in the file"
+                          + (f"; {mistake}" if mistake else ""))
     # Nothing here calls eval or exec: they would run words. A whole statement that ast could read
     # becomes a function; to call a student's code is what this child, with its limits, is for.
     for node in nodes:
@@ -141,7 +155,10 @@ def bring(text):
 
 
 def confine(memory, cpu_seconds, quiet, text):
-    """No input, no files, no processes, little time and memory; as root, become nobody."""
+    """No input, no byte to a file, no processes, little time and memory; as root, become nobody.
+
+    The network is not closed: that is for the container.
+    """
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null if quiet else 2, 1)
@@ -170,9 +187,12 @@ def memory_limit():
     return pages * resource.getpagesize() + EXTRA_MEMORY
 
 
-def words(error):
-    """An exception in one short line."""
-    return f"{type(error).__name__}: {error}"[:300].replace("\n", " ")
+def words(error, file):
+    """An exception in one short line, with the last line of the student's file on its way."""
+    said = f"{type(error).__name__}: {error}"[:250].replace("\n", " ")
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
+             if frame.f_code.co_filename == file]       # our own files have whole paths
+    return f"{said} ({file}, line {lines[-1]})" if lines else said
 
 
 def run_test(text, folder):
@@ -187,14 +207,14 @@ def run_test(text, folder):
     try:
         types.FunctionType(compile(text, "test_hunt.py", "exec"), space)()
     except BaseException as error:
-        return {"broken": words(error)}
+        return {"broken": words(error, "test_hunt.py")}
     for name, test in list(space.items()):
         if name.startswith("test_") and callable(test):
             try:
                 test()
                 passed += 1
             except BaseException as error:
-                failed.append(f"{name}: {words(error)}")
+                failed.append(f"{name}: {words(error, 'test_hunt.py')}")
     return {"passed": passed, "failed": failed}
 
 
@@ -204,7 +224,7 @@ def outcome(function, name, example):
     try:
         return runs.RUNS[name](function, example)
     except BaseException as error:      # SystemExit as well
-        return {"raised": words(error)}
+        return {"raised": words(error, name.split(".")[0] + ".py")}
 
 
 def child(job, write, memory):
@@ -234,7 +254,7 @@ def child(job, write, memory):
     try:
         function = put(module, job["text"], name, job["own"], job["allowed"])
     except BaseException as error:      # SystemExit as well: whatever it is, it is reported
-        say({"broken": words(error)})
+        say({"broken": words(error, f"{file}.py")})
         return
     for example in job["examples"]:
         say(outcome(function, job["function"], example))

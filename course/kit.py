@@ -5,21 +5,25 @@ The solution is the source; nothing is copied, so nothing drifts. Whole public f
 compared as plain numbers.
 
     python course/kit.py blank OUT [--only rl.gae ...]    instructor: a hand-out for students
-    python course/kit.py check [rl.gae | 12 | GAE ...]    student, in the hand-out: right or wrong?
-    python course/kit.py grade FOLDER --seed SECRET --out results.json     autograder (Gradescope)
+    python course/kit.py check [rl.gae | 12 | GAE | rl]   student, in the hand-out: right or wrong?
+    python course/kit.py grade FOLDER --seed SECRET --out results.json [--only 12 ...]   autograder
     python course/kit.py attack NAME OUT --seed SECRET    instructor: the verifier of problem 3
     python course/kit.py hunt NAME OUT --seed SECRET      instructor: the repository of problem 18
 
-check takes about 5 s for everything, 1 s for the verifier alone; grade about 10 s of CPU.
+check takes about 5 s for everything, 1 s for the verifier alone; grade about 10 s of CPU,
+10 to 30 s of a clock.
 """
 
 import argparse
 import ast
+import builtins
 import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -33,15 +37,18 @@ if os.name != "posix" or sys.version_info < (3, 11):
     print("kit.py: this needs Python 3.11 or later, on Linux, macOS or WSL", file=sys.stderr)
     sys.exit(2)
 
-from bench import Bench, forget_arguments, hide  # noqa: E402
-from problems import (BY_FILE, FILES, PROBLEMS, code_functions, problem_of,  # noqa: E402
-                      select)
+from bench import Bench, forget_arguments, hide, syntax_error  # noqa: E402
+from problems import (BY_FILE, FILES, PROBLEMS, code_functions, file_of,  # noqa: E402
+                      problem_of, select)
 from runs import same  # noqa: E402
 
 BLANKS = HERE / "blank"             # in a hand-out: the files as they were handed out
 PUBLIC = HERE / "public.json"       # in a hand-out: examples, outcomes, known mistakes
 TEACHERS = ("mutants.py", "examples.py")    # files of course/ that stay with the instructor
 FOR_TEACHERS = "## For the instructor"      # the hand-out's README ends before this heading
+RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
+# Words of tests that look at how a source is spelt, not at what it does.
+SPELLING = ("__file__", "inspect", "open(", "hashlib")
 
 
 class Refused(Exception):
@@ -163,7 +170,9 @@ def public_outcomes(functions, bench):
 
 def blank(out, only=()):
     """Make a hand-out in the folder `out`. only: functions or problems, all if empty."""
-    functions = [name for wanted in only for name in select_or_refuse(wanted)] or code_functions()
+    functions = selected(only) or code_functions()
+    for name in BY_FILE.keys() & functions:
+        raise Refused(f"problem {problem_of(name).number} has nothing to be left blank")
     copy_files(out, handed_out)
     texts = blanked([name for name in functions if problem_of(name).blank])
     folder = out / "course" / "blank"
@@ -175,24 +184,49 @@ def blank(out, only=()):
     readme = out / "course" / "README.md"
     if readme.exists():
         readme.write_text(readme.read_text("utf-8").split(FOR_TEACHERS)[0], "utf-8")
+    readme, points = out / "README.md", sum(problem_of(name).functions[name] for name in functions)
+    if readme.exists():
+        readme.write_text(hand_out_words(functions if only else (), points)
+                          + without_section(readme.read_text("utf-8"), "Assignments"), "utf-8")
     with Bench(ROOT, ROOT, functions) as bench:
         public = public_outcomes(functions, bench)
     (out / "course" / PUBLIC.name).write_text(json.dumps(
         {"blank": [name for name in functions if problem_of(name).blank], "functions": public}))
-    points = sum(problem_of(name).functions[name] for name in functions)
     print(f"{out}: {len(functions)} functions, {points} points. Next, in that folder:\n"
           "    python course/kit.py check")
 
 
-def select_or_refuse(wanted):
-    """`select`, or a line that says what could have been meant."""
-    found = select(wanted)
-    said = wanted.strip().lower()
-    if not found and any(said in (str(one.number), one.name.lower()) for one in PROBLEMS):
-        raise Refused(f"{wanted} is graded from what you hand in, see course/README.md")
-    if not found:
-        raise Refused(f"{wanted!r} is no problem: take one of {', '.join(code_functions())}")
-    return found
+def hand_out_words(functions, points):
+    """What stands on top of a hand-out's README. functions: those of --only, none for all."""
+    numbers = sorted({problem_of(name).number for name in functions})
+    until = "problems 1 to 17 are done"
+    if numbers:
+        until = f"{'it is' if len(functions) == 1 else 'they are'} written"
+    mine = (f"Your problems here: {', '.join(map(str, numbers))}; {points} points.\n\n"
+            if numbers else "")
+    return ("**This is a hand-out.** Start with [course/README.md](course/README.md). Functions "
+            "that you write are empty: training\ncommands stop with `NotImplementedError` until "
+            f"{until}. Tests and written results are not here.\nCheck yourself with "
+            f"`python course/kit.py check`.\n\n{mine}")
+
+
+def without_section(text, heading):
+    """A text in Markdown without one section of the second level."""
+    return re.sub(rf"^## {heading}\n.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def selected(wanted):
+    """All functions that numbers and names mean, each once. Refuses a word that means nothing."""
+    found = {}
+    for one in wanted:
+        names = select(one)
+        if not names and one.strip().lower() in {
+                said for p in PROBLEMS for said in (str(p.number), p.name.lower())}:
+            raise Refused(f"{one} is read by people, see course/README.md")
+        if not names:
+            raise Refused(f"{one!r} is no problem: take one of {', '.join(code_functions())}")
+        found |= dict.fromkeys(names)
+    return list(found)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -281,6 +315,57 @@ def explain(function, public, outcomes, trouble):
     return points, lines
 
 
+def form_trouble(function, folder):
+    """What is wrong with the form of attack.json, hunt.json or test_hunt.py, "" if nothing."""
+    text = read_hand_in(folder, file_of(function))
+    if not text:
+        return "there is no such file"
+    if function == "hunt.test":
+        return spelling(text) or test_trouble(text)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"it cannot be read: {error}"
+    if not isinstance(found, dict):
+        return "it is no {...}"
+    if not isinstance(found.get("name"), str):
+        return '"name" is missing'
+    if function == "attack":
+        answers = found.get("answers")
+        if not isinstance(answers, list) or len(answers) != 3:
+            return '"answers" has to be a list of three'
+        for i, one in enumerate(answers, 1):
+            if not attack_example(one):
+                return f"answer {i} has to have four cards of {' '.join(RANKS)}, rule and text"
+            if one["text"] == "...":
+                return f"the text of answer {i} is still to be written"
+        return ""
+    if found.get("file") not in [f"{file}.py" for file in FILES]:
+        return f'"file" has to be one of {", ".join(f"{file}.py" for file in FILES)}'
+    if type(found.get("line")) is not int or found["line"] < 1:
+        return '"line" has to be a number, 1 or more'
+    if not isinstance(found.get("number"), str) or found["number"] in ("", "..."):
+        return '"number" has to say, in words, which number gave it away'
+    return ""
+
+
+def spelling(test):
+    """Why a test is refused that looks at how a source is spelt, "" if it does not."""
+    return next((f"{word} is refused: test what the code does" for word in SPELLING
+                 if word in test), "")
+
+
+def test_trouble(text):
+    """What keeps a test_hunt.py from being run, "" if nothing."""
+    if mistake := syntax_error(text, "test_hunt.py"):
+        return mistake
+    tests = [node for node in ast.parse(text).body
+             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    if any(ast.unparse(node.args) for node in tests):
+        return "its test_* functions take no arguments"
+    return "" if tests else "it has no function test_*"
+
+
 def check(wanted):
     """Compare the functions of a hand-out with their public examples, and count points."""
     if not PUBLIC.exists():
@@ -288,12 +373,18 @@ def check(wanted):
                       "python course/kit.py blank OUT")
     public = json.loads(PUBLIC.read_text("utf-8"))
     known = public["functions"]
-    functions = [name for one in wanted for name in select_or_refuse(one)] or list(known)
-    functions = [name for name in functions if name in known]
-    total = 0
+    meant = selected(wanted) or list(known)
+    functions = [name for name in meant if name in known]
+    total, formless = 0, False
+    for function in [name for name in meant if name in BY_FILE]:
+        trouble = form_trouble(function, ROOT)
+        formless |= bool(trouble)
+        problem = problem_of(function)
+        print(f"{problem.number:2d} {problem.name}, {file_of(function)}: "
+              f"{trouble or 'the form is right; what it says is graded when it is handed in'}")
     with Bench(BLANKS, ROOT, functions, public["blank"], quiet=False) as bench:
         for function in functions:
-            text = read_hand_in(ROOT, function.split(".")[0] + ".py")
+            text = read_hand_in(ROOT, file_of(function))
             outcomes, trouble = bench.outcomes(function, text, known[function]["examples"])
             points, lines = explain(function, known[function], outcomes, trouble)
             total += points
@@ -303,8 +394,9 @@ def check(wanted):
             for line in lines[1:]:
                 print("     " + line)
     full = sum(problem_of(name).functions[name] for name in functions)
-    print(f"{total} of {full} points")
-    return total == full
+    if functions or not wanted:
+        print(f"{total} of {full} points")
+    return total == full and not formless
 
 
 # ------------------------------------------------------------------------------------------------
@@ -328,22 +420,38 @@ def read_json(folder, name):
         return {}
 
 
-def grade(folder, seed, out, name=None):
+def refuse_what_is_no_hand_in(folder, names, out):
+    """Stop, with a line, where a folder holds none of these files: a zero should not be silent."""
+    if not folder.is_dir():
+        raise Refused(f"{folder}: {'this is no folder' if folder.exists() else 'not there'}")
+    if not any((folder / name).is_file() for name in names):
+        found = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+        said = (f"nothing was graded: {folder} holds none of {', '.join(names)}. It holds "
+                + (", ".join(found[:10]) or "nothing") + ", ..." * (len(found) > 10))
+        put_in_place(out, {"score": 0, "output": said, "tests": []})
+        raise Refused(said)
+
+
+def grade(folder, seed, out, name=None, only=()):
     """Judge a hand-in on hidden examples and write Gradescope's results.json.
 
     The student's functions are run first, all of them; what is right is computed afterwards, so no
     process that runs a student's line holds an expected outcome. name: whose attack and hunt it is.
+    only: functions or problems, all if empty.
     """
     import examples
-    functions = code_functions()
+    wanted = selected(only) or [*code_functions(), *BY_FILE]
+    functions = [function for function in wanted if function not in BY_FILE]
+    refuse_what_is_no_hand_in(folder, list(dict.fromkeys(map(file_of, wanted))), out)
     made = {function: examples.make(function, seed) for function in functions}
     tests = []
     with Bench(ROOT, ROOT, functions) as bench:
-        texts = {function: read_hand_in(folder, function.split(".")[0] + ".py")
-                 for function in functions}
-        theirs = {function: bench.outcomes(function, texts[function], made[function])
-                  for function in functions}
-        hunted = grade_hunt(bench, folder, seed, name)
+        texts = {function: read_hand_in(folder, file_of(function)) for function in functions}
+        theirs = {function: bench.outcomes(function, text, made[function]) if text
+                  else ([], f"there is no {file_of(function)}, or it is empty")
+                  for function, text in texts.items()}
+        hunted = (grade_hunt(bench, folder, seed, name)
+                  if {"hunt.line", "hunt.test"} & set(wanted) else [])
         bench.stop()        # the right outcomes come from a server that saw no student's job
         for function in functions:
             text = source(function.split(".")[0])
@@ -358,9 +466,10 @@ def grade(folder, seed, out, name=None):
                     mistakes = known_mistakes(bench, function, made[function], expected)
             tests.append(result(function, points, hidden_words(outcomes, trouble, expected,
                                                                mistakes)))
-        tests.append(grade_attack(bench, folder, seed, name))
+        if "attack" in wanted:
+            tests.append(grade_attack(bench, folder, seed, name))
     tests += hunted
-    write_results(out, tests)
+    write_results(out, tests, [problem_of(one) for one in wanted] if only else PROBLEMS)
 
 
 def hidden_words(outcomes, trouble, expected, mistakes):
@@ -370,10 +479,26 @@ def hidden_words(outcomes, trouble, expected, mistakes):
         return "not written"
     said = [trouble] if trouble else []
     said.append(f"{right} of {len(expected)} hidden examples are right")
+    said += first_exception(outcomes)
     mistake = name_mistake(outcomes, expected, mistakes)
     if mistake:
         said.append(f"this is what a function gives that {mistake['says']}")
     return "; ".join(said)
+
+
+def first_exception(outcomes):
+    """Kind and line of the first exception of a student's function, in a list; no word of it.
+
+    Its words, or a class of the student's own, could tell hidden examples.
+    """
+    for outcome in outcomes:
+        said = str(outcome.get("raised")) if isinstance(outcome, dict) else ""
+        at = re.search(r" \((\w+\.py), line ([0-9]{1,6})\)$", said)
+        if at:
+            kind = said.split(":")[0]
+            kind = kind if isinstance(getattr(builtins, kind, None), type) else "an exception"
+            return [f"{kind} in {at[1]}, line {at[2]}"]
+    return []
 
 
 def result(function, points, output):
@@ -385,14 +510,20 @@ def result(function, points, output):
             "visibility": "after_due_date" if function in BY_FILE else "visible"}
 
 
-def write_results(out, tests):
+def put_in_place(out, results):
     """Write results.json at once, or not at all."""
-    by_hand = sum(problem.points for problem in PROBLEMS) - sum(one["max_score"] for one in tests)
-    said = (f"{by_hand} more points are given by hand: words of problems 4 and 17, the number of "
-            "the hunt, problems 19 and 20")
     new = out.with_name(out.name + ".new")
-    new.write_text(json.dumps({"output": said, "tests": tests}, indent=1), "utf-8")
+    new.write_text(json.dumps(results, indent=1), "utf-8")
     os.replace(new, out)
+
+
+def write_results(out, tests, graded):
+    """Write what the kit gave, and say what is left to people. graded: the problems."""
+    left = {problem.number: problem.points - sum(problem.functions.values()) for problem in graded}
+    numbers = ", ".join(str(number) for number in left if left[number])
+    said = (f"{sum(left.values())} more points are given by hand (problems {numbers})" if numbers
+            else "no more are given by hand")
+    put_in_place(out, {"output": said, "tests": tests})
     print(f"{sum(one['score'] for one in tests)} of {sum(one['max_score'] for one in tests)} "
           f"points, {said}")
 
@@ -402,14 +533,16 @@ def write_results(out, tests):
 # ------------------------------------------------------------------------------------------------
 
 
-def chosen(name, bugs, secret):
-    """The bug that belongs to a name, whatever the name is; only who has the secret can tell.
+def plain_name(name):
+    """A name without what lists, forms and mail programs change: case, and spaces at the ends."""
+    return name.strip().lower()
 
-    Case and spaces at the ends do not count: names come from lists, forms and mail programs.
-    """
+
+def chosen(name, bugs, secret):
+    """The bug that belongs to a name, whatever the name is; only who has the secret can tell."""
     if not name:
         raise Refused("whose attack or hunt is it? Give the name (grade: --name)")
-    name = f"{secret}/{name.strip().lower()}"
+    name = f"{secret}/{plain_name(name)}"
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
     return bugs[int.from_bytes(digest[:8], "big") % len(bugs)]
 
@@ -428,7 +561,6 @@ def attack(name, out, secret):
 
 def attack_example(answer):
     """An answer that was handed in as an example of verify_gp, None if it has not the form."""
-    from examples import RANKS
     if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
         return None
     cards, rule = answer.get("cards"), answer.get("rule", "ten")
@@ -442,16 +574,24 @@ def attack_example(answer):
 
 
 def handed_in_json(folder, file, name):
-    """(what a student's JSON object holds, whose it is: `name`, else what it says itself)."""
+    """(what a student's JSON object holds, whose it is, a line if it says that it is another's).
+
+    Whose: `name`, else what it says itself.
+    """
     found = read_json(folder, file)
     found = found if isinstance(found, dict) else {}
-    return found, name or str(found.get("name", ""))
+    says = str(found.get("name") or "")
+    if name and says and plain_name(says) != plain_name(name):
+        return found, name, f"this file is {says[:100]}'s"
+    return found, name or says, ""
 
 
 def grade_attack(bench, folder, secret, name):
     """Two points for each of three answers that the planted verifier pays and ours does not."""
     import mutants
-    handed_in, name = handed_in_json(folder, "attack.json", name)
+    handed_in, name, foreign = handed_in_json(folder, "attack.json", name)
+    if foreign:
+        return result("attack", 0, foreign)
     answers = handed_in.get("answers", [])
     made = [attack_example(one) for one in (answers if isinstance(answers, list) else [])[:3]]
     made = [one for one in made if one]
@@ -483,38 +623,78 @@ def hunt(name, out, secret):
 
 
 def grade_hunt(bench, folder, secret, name):
-    """The line, and a test that fails on the planted repository and passes on the source."""
+    """The line, the test, and for the instructor what was said of the number, beside the key."""
     import mutants
-    handed_in, name = handed_in_json(folder, "hunt.json", name)
+    handed_in, name, foreign = handed_in_json(folder, "hunt.json", name)
     test = read_hand_in(folder, "test_hunt.py")
-    if not handed_in and not test:
-        return [result(one, 0, "nothing was handed in") for one in ("hunt.line", "hunt.test")]
+    if not handed_in and not test or foreign:
+        return [result(one, 0, foreign or "nothing was handed in")
+                for one in ("hunt.line", "hunt.test")]
     mutant = chosen(name, mutants.HUNTS, secret)
     file = mutant.function.split(".")[0]
     said = handed_in.get("line")
     hit = (handed_in.get("file") == f"{file}.py" and isinstance(said, int)
            and any(first - 2 <= said <= last + 2
                    for first, last in mutants.lines_of(source(file), mutant)))
-    lines = result("hunt.line", 6 * hit, "this is the line" if hit else "another line, or none")
-    if not test:
-        return [lines, result("hunt.test", 0, "there is no test_hunt.py")]
-    for word in ("__file__", "inspect", "open(", "hashlib"):
-        if word in test:
-            return [lines, result("hunt.test", 0, f"{word} is refused: test what the code does")]
-    with tempfile.TemporaryDirectory() as made:
-        planted = pathlib.Path(made)
-        planted.chmod(0o755)
-        for path in ROOT.iterdir():
-            if path.name not in (f"{file}.py", ".git"):
-                (planted / path.name).symlink_to(path)
-        (planted / f"{file}.py").write_text(mutants.apply(source(file), mutant), "utf-8")
-        runs = [bench.test(test, place) for place in (ROOT, planted)]
-    (right, trouble), (wrong, more_trouble) = runs
-    fine = (not trouble and not more_trouble and right[0].get("passed", 0) > 0
-            and not right[0].get("failed") and bool(wrong[0].get("failed")))
-    return [lines, result("hunt.test", 6 * fine, (
-        trouble or more_trouble or f"on the source: {short(right[0], 200)}; "
-        f"on the planted one: {short(wrong[0], 200)}"))]
+    at = ", ".join(f"{file}.py {first}" for first, _ in mutants.lines_of(source(file), mutant))
+    by_hand = {"name": "18 The hunt: the number, 8 points by hand", "score": 0, "max_score": 0,
+               "visibility": "hidden",
+               "output": f"handed in: {short(handed_in)}\nkey: {at}, {mutant.says}; what tells: "
+                         f"{mutant.tells}"}
+    return [result("hunt.line", 6 * hit, "this is the line" if hit else "another line, or none"),
+            grade_test(bench, test, [mutant, *others(name, mutant, secret)]), by_hand]
+
+
+def others(name, mutant, secret):
+    """Two bugs in other functions. A test that knows its own bug has nothing to say of them.
+
+    add_advantages calls gae, so that a right test of one may find a bug in the other.
+    """
+    import mutants
+    near = {mutant.function}
+    if near & {"rl.gae", "rl.add_advantages"}:
+        near = {"rl.gae", "rl.add_advantages"}
+    found = []
+    for number in (1, 2):
+        bugs = [one for one in mutants.HUNTS if one.function not in near]
+        found.append(chosen(f"{number}/{plain_name(name)}", bugs, secret))
+        near = near | {found[-1].function}
+    return found
+
+
+def grade_test(bench, test, bugs):
+    """A test has to pass on the source, fail with the first of the bugs, pass with the others."""
+    if not test or spelling(test):
+        return result("hunt.test", 0, spelling(test) or "there is no test_hunt.py")
+    found = []
+    for bug in (None, *bugs):
+        with tempfile.TemporaryDirectory() as folder:
+            lay_out(pathlib.Path(folder), bug)
+            outcomes, trouble = bench.test(test, folder)
+        if trouble:
+            return result("hunt.test", 0, trouble)
+        found.append(outcomes[0] if isinstance(outcomes[0], dict) else {})
+    clean = [type(one.get("passed")) is int and one["passed"] > 0 and not one.get("failed")
+             for one in found]      # a test may write what it likes
+    fine = bool(found[1].get("failed")) and clean[0] and all(clean[2:])
+    said = ", ".join("passes" if one else "fails" for one in clean[2:])
+    return result("hunt.test", 6 * fine, (
+        f"on the source: {short(found[0], 200)}; on the planted one: {short(found[1], 200)}; "
+        f"with bugs in two other functions, where it should pass: {said}"))
+
+
+def lay_out(folder, bug):
+    """The repository in a folder whose name, sizes and links tell nothing. bug: None for none."""
+    import mutants
+    folder.chmod(0o755)
+    for path in ROOT.iterdir():
+        if path.suffix != ".py" and path.name not in (".git", "__pycache__"):
+            (folder / path.name).symlink_to(path)
+    for file in FILES:
+        text = source(file)
+        if bug and bug.function.split(".")[0] == file:
+            text = mutants.apply(text, bug)
+        (folder / f"{file}.py").write_text(f"{text}#{'#' * secrets.randbelow(1000)}\n", "utf-8")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -523,8 +703,13 @@ def grade_hunt(bench, folder, secret, name):
 
 
 def read_seed(said):
-    """The secret that a command names: itself, or @FILE."""
-    seed = pathlib.Path(said[1:]).read_text("utf-8").strip() if said.startswith("@") else said
+    """The secret that a command names: itself, or @FILE, which nobody else may read."""
+    seed = said
+    if said.startswith("@"):
+        path = pathlib.Path(said[1:])
+        if path.stat().st_mode & 0o077:
+            raise Refused(f"{path}: others can read the seed; chmod 600 {path}")
+        seed = path.read_text("utf-8").strip()
     if not seed:
         raise Refused("--seed is empty")
     return seed
@@ -538,12 +723,13 @@ def main():
     made.add_argument("out", type=pathlib.Path)
     made.add_argument("--only", nargs="+", default=[], help="functions, numbers or names")
     made = commands.add_parser("check", help="compare with the public examples")
-    made.add_argument("functions", nargs="*", help="rl.gae, gae, 12 or GAE; all if none is named")
+    made.add_argument("functions", nargs="*", help="rl.gae, gae, 12, GAE or rl; all code if none")
     made = commands.add_parser("grade", help="judge a hand-in on hidden examples")
     made.add_argument("folder", type=pathlib.Path)
     made.add_argument("--seed", required=True, help="a secret, or @FILE that holds it")
     made.add_argument("--out", type=pathlib.Path, default="results.json")
     made.add_argument("--name", help="whose attack and hunt it is (default: what the files say)")
+    made.add_argument("--only", nargs="+", default=[], help="functions, numbers or names")
     for command, text in (("attack", "the planted verifier of a student"),
                           ("hunt", "the planted repository of a student")):
         made = commands.add_parser(command, help=text)
@@ -561,9 +747,12 @@ def main():
             seed = read_seed(args.seed)
             if not args.out.parent.is_dir():
                 raise Refused(f"--out {args.out}: there is no such folder")
+            if os.getuid() != 0:
+                print("kit.py: you are not root, so a student's code can read your files: use a "
+                      "container", file=sys.stderr)
             forget_arguments()
             hide()
-            grade(args.folder, seed, args.out, args.name)
+            grade(args.folder, seed, args.out, args.name, args.only)
         else:
             command = attack if args.command == "attack" else hunt
             command(args.name, args.out, read_seed(args.seed))

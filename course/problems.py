@@ -73,7 +73,7 @@ PROBLEMS = [
 FILES = ("verifier", "gp_env", "virl_env", "sft", "evaluate", "rl")
 SHARED = {"_split_table"}       # private, used by one solution alone, and handed out all the same
 # Graded from files of their own, not by calling one function.
-BY_FILE = ("attack", "hunt.line", "hunt.test")
+BY_FILE = {"attack": "attack.json", "hunt.line": "hunt.json", "hunt.test": "test_hunt.py"}
 
 
 def problem_of(function):
@@ -95,13 +95,19 @@ def own_names(function):
 
 
 def select(wanted):
-    """Functions named by "rl.gae", "gae", a problem's number or its name; [] if none is meant.
+    """Functions named by "rl.gae", "gae", a problem's number, its name or a file; [] if none is.
 
-    >>> select("12"), select("GAE"), select("gae")
-    (['rl.gae'], ['rl.gae'], ['rl.gae'])
+    >>> select("12"), select("GAE"), select("gae"), select("gp_env.py"), select("3")
+    (['rl.gae'], ['rl.gae'], ['rl.gae'], ['gp_env.split_of'], ['attack'])
     """
-    wanted = wanted.strip().lower()
+    wanted = wanted.strip().lower().removesuffix(".py")
     for problem in PROBLEMS:
         if wanted in (str(problem.number), problem.name.lower()):
-            return [name for name in problem.functions if name not in BY_FILE]
-    return [name for name in code_functions() if wanted in (name, name.split(".")[1])]
+            return list(problem.functions)
+    return [name for problem in PROBLEMS for name in problem.functions
+            if wanted in (name, *name.split("."))]
+
+
+def file_of(function):
+    """The file of a hand-in in which a function, or what is graded in its place, is found."""
+    return BY_FILE.get(function) or function.split(".")[0] + ".py"
