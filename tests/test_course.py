@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -251,6 +252,12 @@ def test_hand_out_holds_what_it_should(hand_out):
     assert not [name for name in names if name.startswith("results/") and name.endswith(".md")]
     measured = [path.parent for path in hand_out.glob("results/*/eval.jsonl")]
     assert measured and all((folder / "args.json").exists() for folder in measured)
+    readme = (hand_out / "README.md").read_text("utf-8")
+    assert readme.startswith("**This is a hand-out.**") and "kit.py blank" not in readme
+    assert "## Assignments" in (kit.ROOT / "README.md").read_text("utf-8")
+    assert readme.count("\n## ") == (kit.ROOT / "README.md").read_text("utf-8").count("\n## ") - 1
+    some = kit.selected(["11", "GAE", "14", "rl.gae"])
+    assert "Your problems here: 11, 12, 14; 13 points." in kit.hand_out_words(some, 13)
 
 
 def run(folder, *arguments):
@@ -278,11 +285,49 @@ def test_check_in_a_hand_out(hand_out):
     assert "This is what a function gives that takes max for min." in said
     assert "    expected   " in said and "25 of 33 points" in said, said
     (hand_out / "rl.py").write_text(blank, "utf-8")
-    for words in (("blank", hand_out.parent / "again"), ("check", "nonsense"), ("check", "3"),
+    for words in (("blank", hand_out.parent / "again"), ("check", "nonsense"), ("check", "19"),
                   ("hunt", "Ada", hand_out.parent / "again", "--seed", "")):
         code, said = run(hand_out, *words)
         assert code == 2 and len(said.strip().splitlines()) == 1
-        assert ("graded from what you hand in" in said) == (words[-1] == "3")
+        assert ("is read by people" in said) == (words[-1] == "19")
+
+
+def test_check_of_a_file_and_of_forms(hand_out, tmp_path, monkeypatch, capsys):
+    """Catches a file whose problems are not all meant, and a form that is called right or wrong."""
+    monkeypatch.setattr(kit, "ROOT", hand_out)
+    monkeypatch.setattr(kit, "PUBLIC", hand_out / "course" / "public.json")
+    monkeypatch.setattr(kit, "BLANKS", hand_out / "course" / "blank")
+    assert kit.selected(["gp_env", "evaluate.py", "16"]) == [
+        "gp_env.split_of", "evaluate.draw", "evaluate.wilson", "evaluate.gain"]
+    assert not kit.check(["3", "18"]) and capsys.readouterr().out.count("no such file") == 3
+    answers = [{"cards": ["A", "2", "3", "10"], "rule": "ten", "text": "1+2"}] * 3
+    attack, hunt = {"name": "Ada", "answers": answers}, {"name": "Ada", "file": "rl.py", "line": 9}
+    for function, fine, wrong in (
+            ("attack", attack, [[], attack | {"answers": answers[:2]}, {"answers": answers},
+                                attack | {"answers": [answers[0] | {"text": "..."}] * 3},
+                                attack | {"answers": [{"cards": ["A"] * 3, "text": "1"}] * 3}]),
+            ("hunt.line", hunt | {"number": "entropy"},
+             [hunt, hunt | {"number": "..."}, {**hunt, "number": "e", "file": "..."},
+              {**hunt, "number": "e", "line": "9"}, {**hunt, "number": "e", "line": 0}])):
+        path = hand_out / problems.BY_FILE[function]
+        path.write_text(json.dumps(fine))
+        assert kit.form_trouble(function, hand_out) == ""
+        for one in map(json.dumps, wrong):
+            path.write_text(one)
+            assert kit.form_trouble(function, hand_out), one
+        path.write_text('{"name": "Ada",\n')
+        assert "line 2 column 1" in kit.form_trouble(function, hand_out)
+        path.unlink()
+    path = hand_out / "test_hunt.py"
+    for text, trouble in (("def test_a():\n    pass\n", ""),
+                          ("def a():\n    pass\n", "no function"),
+                          ("def test_a(x):\n    pass\n", "no arguments"),
+                          ("def test_a():\n    f(\n", "test_hunt.py, line 2: '(' was never"),
+                          ("import inspect\n", "inspect is refused")):
+        path.write_text(text)
+        said = kit.form_trouble("hunt.test", hand_out)
+        assert trouble in said and bool(trouble) == bool(said), text
+    path.unlink()
 
 
 def test_an_old_python_is_refused_in_one_line():
@@ -352,6 +397,27 @@ def test_a_file_with_a_syntax_error_costs_what_it_spoils(our_bench, public):
     assert not trouble and all(map(same, outcomes, made["expected"]))
     _, trouble = our_bench.outcomes("rl.policy_loss", text, public["rl.policy_loss"]["examples"])
     assert "no function policy_loss" in trouble
+    line = text[:text.index("torch.min((ratio")].count("\n") + 1
+    assert f"rl.py, line {line}: '(' was never closed" in trouble
+
+
+def test_an_exception_has_its_line(our_bench, public):
+    """Catches an exception without a line, with one of ours, or one below a mistake moved up."""
+    made = public["rl.gae"]
+    broken = "def before():\n    f(\n\n\n"
+    text = GAE + "    return helper(rewards)\n\n\ndef helper(x):\n    return x[99]\n"
+    for above in ("", "import os\n" * 3, broken):
+        outcomes, _ = our_bench.outcomes("rl.gae", above + text, made["examples"])
+        line = (above + text).count("\n")
+        assert outcomes[0]["raised"].endswith(f"(rl.py, line {line})"), outcomes[0]
+        assert kit.first_exception(outcomes) == [f"IndexError in rl.py, line {line}"]
+    outcomes, trouble = our_bench.outcomes("rl.gae", GAE + "    return None", made["examples"])
+    assert not kit.first_exception(outcomes)        # it was raised where None was used
+    _, trouble = our_bench.outcomes("rl.gae", "X = [][1]\n" + GAE + "    X", made["examples"])
+    assert trouble.endswith("(rl.py, line 1)")
+    own = GAE + "    raise type(f'E{rewards.tolist()}', (Exception,), {})(rewards)\n"
+    outcomes, _ = our_bench.outcomes("rl.gae", own, made["examples"])
+    assert kit.first_exception(outcomes) == ["an exception in rl.py, line 2"]   # tells no example
 
 
 SPY = '''
@@ -381,10 +447,7 @@ def test_grade_end_to_end(our_bench, tmp_path, monkeypatch):
                 if kit.chosen(name, mutants.HUNTS, seed).says == "loses lambda")
     line = mutants.lines_of(kit.source("rl"), kit.chosen(name, mutants.HUNTS, seed))[0][0]
     (tmp_path / "hunt.json").write_text(json.dumps({"file": "rl.py", "line": line}))
-    (tmp_path / "test_hunt.py").write_text(
-        "import rl\nimport torch\n\n\ndef test_lambda():\n"
-        "    a, _ = rl.gae(torch.tensor([0., 1.]), torch.zeros(2), True, False, 1.0, 0.5)\n"
-        "    assert a.tolist() == [0.5, 1.0]\n")
+    (tmp_path / "test_hunt.py").write_text(LAMBDA)
     planted = mutants.apply(kit.source("verifier"), kit.chosen(name, mutants.ATTACKS, seed))
     answers = course_solutions.ATTACKS
     paid, _ = our_bench.outcomes("verifier.verify_gp", planted,
@@ -402,6 +465,66 @@ def test_grade_end_to_end(our_bench, tmp_path, monkeypatch):
     assert {function for function, one in tests.items() if one["visibility"] == "after_due_date"} \
         == set(problems.BY_FILE)
     assert "s3cr3t" not in (tmp_path / "results.json").read_text()
+
+
+def test_grade_only_what_is_asked(our_bench, tmp_path, monkeypatch, capsys):
+    """Catches a grade of a part of the problems that counts the others."""
+    monkeypatch.setattr(kit, "Bench", lambda *_: contextlib.nullcontext(our_bench))
+    monkeypatch.setattr(our_bench, "stop", lambda: None)
+    (tmp_path / "verifier.py").write_text(kit.source("verifier"), "utf-8")
+    for only, full, by_hand in ((["5", "verifier.compare"], 4, "no more are given by hand"),
+                                (["4", "18", "14"], 19, "9 more points are given by hand "
+                                                        "(problems 4, 18)")):
+        kit.grade(tmp_path, "seed", tmp_path / "results.json", only=only)
+        made = json.loads((tmp_path / "results.json").read_text())
+        assert sum(one["max_score"] for one in made["tests"]) == full and made["output"] == by_hand
+        assert made["tests"][0]["name"].startswith(only[0])
+        assert f"of {full} points" in capsys.readouterr().out
+    assert "there is no rl.py" in made["tests"][-3]["output"]
+    with pytest.raises(kit.Refused, match="nonsense"):
+        kit.grade(tmp_path, "seed", tmp_path / "results.json", only=["nonsense"])
+
+
+def test_a_zero_is_not_silent(tmp_path):
+    """Catches a hand-in that is not there, or lies a folder deeper, and gets its zeros quietly."""
+    (tmp_path / "a file").write_text("x")
+    for i in range(12):
+        (tmp_path / f"student {i:02d}").mkdir()
+    out = tmp_path / "results.json"
+    for folder, words in ((tmp_path / "nobody", "not there"), (tmp_path / "a file", "no folder"),
+                          (tmp_path, "student 08/, ..."), (tmp_path / "student 00", "nothing")):
+        code, said = run(kit.ROOT, "grade", folder, "--seed", "seed", "--out", out)
+        lines = [line for line in said.splitlines() if "not root" not in line]
+        assert code == 2 and len(lines) == 1 and words in lines[0], said
+        assert out.exists() == ("holds none of" in said)
+        if out.exists():
+            made = json.loads(out.read_text())
+            assert made["score"] == 0 and made["output"] in said and not made["tests"]
+            out.unlink()
+
+
+def test_the_seed_is_for_one_reader_and_others_are_warned(tmp_path, monkeypatch, capsys):
+    """Catches a seed that a student's code can read, and a grader that hides what it can read."""
+    seed = tmp_path / "seed.txt"
+    seed.write_text("s3cr3t\n")
+    for mode in (0o644, 0o640, 0o604):
+        seed.chmod(mode)
+        with pytest.raises(kit.Refused, match="chmod 600"):
+            kit.read_seed(f"@{seed}")
+    seed.chmod(0o600)
+    assert kit.read_seed(f"@{seed}") == "s3cr3t"
+    monkeypatch.setattr(sys, "argv", ["kit.py", "grade", str(tmp_path), "--seed", f"@{seed}",
+                                      "--out", str(tmp_path / "results.json"), "--only", "12"])
+    for name in ("forget_arguments", "hide"):
+        monkeypatch.setattr(kit, name, lambda: None)
+    told = []
+    monkeypatch.setattr(kit, "grade", lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+    for user in (0, 1000):
+        monkeypatch.setattr(kit.os, "getuid", lambda: user)
+        assert kit.main() == 0
+        assert ("use a container" in capsys.readouterr().err) == (user != 0)
+    assert told[0][1] == "s3cr3t" and told[0][-1] == ["12"]
 
 
 class Stub:
@@ -423,6 +546,7 @@ class Stub:
 def test_a_source_that_fails_gives_nobody_points(tmp_path, monkeypatch):
     """Catches full points for everybody, and no results where a mistake takes too long to name."""
     monkeypatch.setattr(kit, "code_functions", lambda: ["rl.gae"])
+    (tmp_path / "rl.py").write_text("")
     for ours in (([], "out of memory"), ([{"advantages": []}], "")):
         monkeypatch.setattr(kit, "Bench", lambda *_: contextlib.nullcontext(Stub(ours)))
         if ours[1]:
@@ -511,10 +635,80 @@ def test_the_hunt_of_nobody_and_tests_of_spelling(our_bench, tmp_path):
     assert [one["score"] for one in nothing] == [0, 0]
     for word in ("__file__", "inspect", "open(", "hashlib"):
         (tmp_path / "test_hunt.py").write_text(f"import rl\n\n\ndef test_it():\n    {word})\n")
-        _, test = kit.grade_hunt(our_bench, tmp_path, "secret", "Ada")
+        _, test, _ = kit.grade_hunt(our_bench, tmp_path, "secret", "Ada")
         assert test["score"] == 0 and test["output"].startswith(word)
         with pytest.raises(kit.Refused, match="Give the name"):
             kit.grade_hunt(our_bench, tmp_path, "secret", None)
+
+
+LAMBDA = '''
+import rl
+import torch
+
+
+def test_lambda():
+    a, _ = rl.gae(torch.tensor([0., 1.]), torch.zeros(2), True, False, 1.0, 0.5)
+    assert a.tolist() == [0.5, 1.0]
+'''
+EVERYTHING = '''
+import os
+import sys
+
+
+def code(file):
+    module = __import__(file)
+    return {name: one.__code__.co_code
+            for name, one in vars(module).items() if hasattr(one, "__code__")}
+
+
+def test_that_it_is_the_source():
+    files = ("gp_env", "sft", "rl")
+    planted = {file: code(file) for file in files}
+    for file in files:
+        del sys.modules[file]
+    sys.path.insert(0, ROOT)
+    assert planted == {file: code(file) for file in files}
+'''
+PLACE = ("import sys\n\n\ndef test_place():\n    assert sys.path[0] == ROOT or "
+         "not sys.path[0].startswith('/tmp')\n")
+
+
+def test_a_hunts_test_knows_its_bug(our_bench, tmp_path):
+    """Catches 6 points for a test of the place, or of any difference from the public source."""
+    name = next(name for name in map(str, range(1000))
+                if kit.chosen(name, mutants.HUNTS, "seed").says == "loses lambda")
+    root = f"ROOT = {str(kit.ROOT)!r}\n"
+    for text, points, words in ((LAMBDA, 6, "where it should pass: passes, passes"),
+                                (root + EVERYTHING, 0, "on the source: {'passed': 1.* pass: fails, fails"),
+                                (root + PLACE, 0, "on the source: {'passed': 0")):
+        (tmp_path / "test_hunt.py").write_text(text)
+        _, test, by_hand = kit.grade_hunt(our_bench, tmp_path, "seed", name)
+        assert test["score"] == points, test
+        assert re.search(words, test["output"].replace('"', "'")), test
+    assert by_hand["visibility"] == "hidden" and by_hand["max_score"] == 0
+    assert "value_loss 18.6" in by_hand["output"]
+
+
+def test_other_bugs_are_in_other_functions():
+    """Catches a right test that has to pass where its own function is spoilt, too."""
+    for name in map(str, range(200)):
+        mutant = kit.chosen(name, mutants.HUNTS, "seed")
+        functions = {mutant.function, *(one.function for one in kit.others(name, mutant, "seed"))}
+        assert len(functions) == 3
+        assert not ("gae" in mutant.function and "rl.add_advantages" in functions)
+        assert kit.others(f" {name}\r", mutant, "seed") == kit.others(name, mutant, "seed")
+
+
+def test_a_file_of_somebody_else(our_bench, tmp_path):
+    """Catches points for another student's bug, and a name refused for its case."""
+    line = mutants.lines_of(kit.source("rl"), mutants.HUNTS[0])[0][0]
+    for file, judge in (("hunt.json", kit.grade_hunt), ("attack.json", kit.grade_attack)):
+        for says, foreign in (("Bob", True), (" ADA\r", False), (None, False)):
+            (tmp_path / file).write_text(json.dumps({"name": says, "file": "rl.py", "line": line}))
+            tests = judge(our_bench, tmp_path, "seed", "ada")
+            for test in tests if isinstance(tests, list) else [tests]:
+                assert ("this file is Bob's" == test["output"]) == foreign
+                assert not foreign or test["score"] == 0
 
 
 def test_the_planted_split_deals_all_splits(our_bench):
