@@ -348,9 +348,9 @@ class Bench:
 
     def __init__(self, base, root, functions, blank=(), quiet=True):
         files = {function.split(".")[0] for function in functions}
-        # cards and the verifier need no torch: do not wait for it
+        # cards and the verifier need no torch: do not wait for it; a hunt may need it
         modules = [name for name in FILES
-                   if name in files or files & {"sft", "evaluate", "rl"}]
+                   if name in files or files & {"sft", "evaluate", "rl", "hunt"}]
         self.command = [str(base), str(root), json.dumps(sorted(blank)), json.dumps(modules)]
         self.quiet, self.cpu_seconds, self.server = quiet, CPU_SECONDS, None
 

@@ -445,7 +445,7 @@ def grade(folder, seed, out, name=None, only=()):
     refuse_what_is_no_hand_in(folder, list(dict.fromkeys(map(file_of, wanted))), out)
     made = {function: examples.make(function, seed) for function in functions}
     tests = []
-    with Bench(ROOT, ROOT, functions) as bench:
+    with Bench(ROOT, ROOT, wanted) as bench:
         texts = {function: read_hand_in(folder, file_of(function)) for function in functions}
         theirs = {function: bench.outcomes(function, text, made[function]) if text
                   else ([], f"there is no {file_of(function)}, or it is empty")
@@ -639,8 +639,8 @@ def grade_hunt(bench, folder, secret, name):
     at = ", ".join(f"{file}.py {first}" for first, _ in mutants.lines_of(source(file), mutant))
     by_hand = {"name": "18 The hunt: the number, 8 points by hand", "score": 0, "max_score": 0,
                "visibility": "hidden",
-               "output": f"handed in: {short(handed_in)}\nkey: {at}, {mutant.says}; what tells: "
-                         f"{mutant.tells}"}
+               "output": f"handed in: {short(handed_in, 2000)}\n"
+                         f"key: {at}, {mutant.says}; what tells: {mutant.tells}"}
     return [result("hunt.line", 6 * hit, "this is the line" if hit else "another line, or none"),
             grade_test(bench, test, [mutant, *others(name, mutant, secret)]), by_hand]
 

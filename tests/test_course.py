@@ -679,7 +679,7 @@ def test_a_hunts_test_knows_its_bug(our_bench, tmp_path):
                 if kit.chosen(name, mutants.HUNTS, "seed").says == "loses lambda")
     root = f"ROOT = {str(kit.ROOT)!r}\n"
     for text, points, words in ((LAMBDA, 6, "where it should pass: passes, passes"),
-                                (root + EVERYTHING, 0, "on the source: {'passed': 1.* pass: fails, fails"),
+                                (root + EVERYTHING, 0, "{'passed': 1.* should pass: fails, fails"),
                                 (root + PLACE, 0, "on the source: {'passed': 0")):
         (tmp_path / "test_hunt.py").write_text(text)
         _, test, by_hand = kit.grade_hunt(our_bench, tmp_path, "seed", name)
