@@ -199,9 +199,7 @@ def blank(out, only=()):
 def hand_out_words(functions, points):
     """What stands on top of a hand-out's README. functions: those of --only, none for all."""
     numbers = sorted({problem_of(name).number for name in functions})
-    until = "problems 1 to 17 are done"
-    if numbers:
-        until = f"{'it is' if len(functions) == 1 else 'they are'} written"
+    until = "they are written" if numbers else "problems 1 to 17 are done"
     mine = (f"Your problems here: {', '.join(map(str, numbers))}; {points} points.\n\n"
             if numbers else "")
     return ("**This is a hand-out.** Start with [course/README.md](course/README.md). Functions "
@@ -237,7 +235,7 @@ def selected(wanted):
 def bare(outcome):
     """An outcome whose exception, if it is one, has lost its words."""
     if isinstance(outcome, dict) and "raised" in outcome:
-        return {"raised": outcome["raised"].split(":")[0]}
+        return {"raised": str(outcome["raised"]).split(":")[0]}
     return outcome
 
 
