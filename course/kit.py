@@ -374,6 +374,8 @@ def check(wanted):
     meant = selected(wanted) or list(known)
     functions = [name for name in meant if name in known]
     total, formless = 0, False
+    for function in [name for name in meant if name not in known and name not in BY_FILE]:
+        print(f"{function}: not among the problems of this hand-out")
     for function in [name for name in meant if name in BY_FILE]:
         trouble = form_trouble(function, ROOT)
         formless |= bool(trouble)

@@ -55,6 +55,15 @@ def hand_out(public, tmp_path_factory):
     return out
 
 
+@pytest.mark.parametrize("yours, expected, alike", [
+    (1.00001, 1, True), (1.01, 1, False), (float("nan"), float("nan"), True),
+    (float("nan"), 1.0, False), (5, float("inf"), False), (float("inf"), float("inf"), True),
+    (10 ** 400, 1.0, False)])
+def test_numbers_of_any_size_are_compared(yours, expected, alike):
+    """An integer that is no float stops the grader, or infinity is like any number."""
+    assert same(yours, expected) == alike
+
+
 # ------------------------------------------------------------------------------------------------
 # 1. Source, empty bodies, mutants
 # ------------------------------------------------------------------------------------------------
