@@ -45,7 +45,7 @@ def answer_logprobs(backbone, rows):
 
 
 def first_answers(backbone, cell, args, longest):
-    """Rows (rl.conversations) of one answer to each of args.hands validation hands, sampled at 1."""
+    """Rows (rl.conversations) of one answer to each of `--hands` validation hands, sampled at 1."""
     envs, seeds = cell_environments(cell, "val", args.hands, args.task, tries=1,
                                     shown=sft.picture_options(args), where=sft.places(args))
     generator = torch.Generator(backbone.device).manual_seed(EVALUATION_SEED)
