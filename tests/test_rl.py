@@ -741,14 +741,15 @@ def assert_same_run(one, other):
     assert (path / "model.safetensors").read_bytes() == (path2 / "model.safetensors").read_bytes()
 
 
-# One moment for each state of the disk that a kill can find.
+# One moment for each state of the disk that a kill can find. An evaluation asks twice: seen hands,
+# then those held out.
 KILLS = {"in the first evaluation": (rl, "evaluate", 1, False),
          "before the first checkpoint": (rl, "save_checkpoint", 1, False),
          "in the update": (rl, "ppo_update", 2, False),
-         "in a later evaluation": (rl, "evaluate", 2, False),
+         "in a later evaluation": (rl, "evaluate", 4, False),
          "in the middle of a checkpoint": (torch, "save", 2, False),
          "just after a checkpoint": (rl, "save_checkpoint", 2, True),
-         "in the last evaluation": (rl, "evaluate", 3, False)}
+         "in the last evaluation": (rl, "evaluate", 6, False)}
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_same(rigged, monkeypatch, capsys):
@@ -772,7 +773,7 @@ TWO_RUNS = """
 import os, sys
 import rl, sft, test_sft
 if os.fork():
-    test_sft.stop_at(rl, "evaluate", 2)
+    test_sft.stop_at(rl, "evaluate", 4)
     sys.exit(sft.guarded(rl.main))
 test_sft.stop_at(sft.Metrics, "write", 2, True)
 test_sft.short_run(sft.load_backbone("model"), "sft")

@@ -347,8 +347,10 @@ def reference_formulas(text):
             continue
         body = after.lstrip()[1:].lstrip()
         body = re.split(r"""["']?\b(?:cards|numbers?)\b["']?\s*:""", body, flags=re.I)[0]
-        body = body[1:] if body[:1] in ("'", '"') else body
-        formulas.append(re.split(r"""["'\n,}]""", body)[0])
+        if body[:1] in ("'", '"'):
+            formulas.append(body[1:].partition(body[0])[0])
+        else:
+            formulas.append(re.split(r"[\n,}]", body)[0])
     return formulas
 
 
