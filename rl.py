@@ -78,7 +78,7 @@ def conversations(episodes):
 
     ids    tokens of one whole conversation (one for each hand, or each position of a walk)
     mask   1 on sampled tokens, 0 on prompts and verifier messages: the policy did not choose those
-    value_at  for each try, the the index of the last token BEFORE its answer. V is read there: a
+    value_at  for each try, the index of the last token BEFORE its answer. V is read there: a
            baseline must not know the action that it judges
     tries  for each try, (episode, number of the try), to find its reward and advantage
     picture  what the conversation shows, as tensors (sft.encode_picture), or None
@@ -451,7 +451,7 @@ class Policy:
         """FLOPs so far: by the paper's formula (README eq. 6) and really spent (eq. 7).
 
         The paper charges 2 N * 6 * D_RL for sampling (V-IRL: 5.1), as if every new token read the
-        whole conversation again; with a cache the sampler reads each token once, scoring again.
+        whole conversation again; with a cache the sampler reads each token once, scoring once.
         """
         size = task_parameters(self.backbone.model, pictured(self.args.task))           # N
         counts, again = self.counts, 5.1 if self.args.task.startswith("virl") else 6

@@ -349,7 +349,7 @@ def run_sft(args, folder, stop, backbone):
         return made
 
     def held_out(**shift):
-        """256 encoded conversations of the validation split."""
+        """256 encoded conversations of the validation split; with --split all, of all hands."""
         rng, split = np.random.default_rng([3]), "val" if args.split == "train" else "all"
         return [encode(backbone, expert(rng, split=split, **options | shift)) for _ in range(256)]
 
@@ -685,9 +685,10 @@ def check_model(backbone, name):
 
 
 def answer_length(backbone, args, tries=1):
-    """The longest answer to allow, in tokens: a quarter more than the longest of 64 of an expert.
+    """The longest answer to allow, in tokens: a quarter more than the longest of an expert's 64.
 
-    A limit that cuts right answers off would look like a gap under the rule with longer ones.
+    A limit that cuts right answers off would look like a gap under the rule with longer ones. Hands
+    of all splits are asked: of a held-out one nothing but a length is used, alike for all models.
     --max-new-tokens overrules it. Raises Problem if a conversation does not fit into the model.
     """
     name, rng = args.task.split("-")[0], np.random.default_rng(0)
