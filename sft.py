@@ -349,9 +349,9 @@ def run_sft(args, folder, stop, backbone):
         return made
 
     def held_out(**shift):
-        """256 encoded conversations of the validation split; with --split all, of all hands."""
+        """64 encoded conversations of the validation split; with --split all, of all hands."""
         rng, split = np.random.default_rng([3]), "val" if args.split == "train" else "all"
-        return [encode(backbone, expert(rng, split=split, **options | shift)) for _ in range(256)]
+        return [encode(backbone, expert(rng, split=split, **options | shift)) for _ in range(64)]
 
     asked = {"id": held_out()}
     if args.ood:

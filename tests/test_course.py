@@ -427,6 +427,9 @@ def test_an_exception_has_its_line(our_bench, public):
     own = GAE + "    raise type(f'E{rewards.tolist()}', (Exception,), {})(rewards)\n"
     outcomes, _ = our_bench.outcomes("rl.gae", own, made["examples"])
     assert kit.first_exception(outcomes) == ["an exception in rl.py, line 2"]   # tells no example
+    mute = GAE + "    raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})()\n"
+    outcomes, trouble = our_bench.outcomes("rl.gae", mute, made["examples"])
+    assert not trouble and outcomes[0]["raised"] == "Mute (rl.py, line 2)"
 
 
 SPY = '''
