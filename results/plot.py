@@ -55,6 +55,10 @@ ARMS = {"sft": ("SFT", ((52, 104, 192), (20, 150, 150), (120, 80, 190), (110, 17
         "rl": ("RL", ((200, 60, 50), (225, 135, 30), (150, 40, 110)))}
 
 
+# Flags that came later, and where every run before them stood.
+LATER = {"advantage": "gae", "revise": 0.0, "vary_rule": False}
+
+
 # ------------------------------------------------------------------------------------------------
 # 1. Runs
 # ------------------------------------------------------------------------------------------------
@@ -120,11 +124,11 @@ def check_row(row, task):
 def settings_of(args):
     """The flags of a run without its seed, also where the path of a model names it.
 
-    >>> settings_of({"seed": 2, "lr": 0.1, "init": "runs/start-s2/step-000060"})
-    {'lr': 0.1, 'init': 'runs/start-s*/step-000060'}
+    >>> settings_of({"seed": 2, "lr": 0.1, "init": "runs/start-s2/step-000060"})["init"]
+    'runs/start-s*/step-000060'
     """
     # how a run was watched and kept changes nothing of it; the scripts may differ by a comment
-    settings = {key: value for key, value in args.items()
+    settings = {key: value for key, value in (LATER | args).items()
                 if key not in ("seed", "code", "save_every") and not key.startswith("eval_")}
     for key in ("model", "init"):
         if isinstance(settings.get(key), str):
