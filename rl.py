@@ -19,7 +19,7 @@ Symbols and shapes (eq. 1 to 7: see README, where N is parameters):
   V value: the rewards that a critic expects from here on    A advantage: how much better it went
   r reward of a try    R = A + V return (target of V)    ratio = pi_new(action) / pi_old(action)
 
-    python rl.py --task gp-l --ood             the main job: 7 minutes on two slow cores
+    python rl.py --task gp-l --ood             the main job: 3 to 7 minutes on two cores
     python rl.py --task gp-l --inspect         one conversation, token by token
 
 Read before: evaluate.py. Then: tests/test_rl.py, where every equation here is checked by hand.
