@@ -655,8 +655,9 @@ def test_bad_flags_end_in_one_line(tmp_path, monkeypatch, capsys, flags, words):
 
 def test_a_run_from_before_a_flag_stood_at_its_default():
     """Catches SFT on its own right answers and RL from before `--advantage` taken for one arm."""
+    flags = {"old": {}, "same": {"advantage": "gae", "revise": 0.0}, "new": {"advantage": "right"}}
     old, same, new = (plot.Run(plot.pathlib.Path(name), "rl", 0, plot.settings_of(
-        {"kind": "rl", "seed": 0, "lr": 1e-4} | flags), [{"step": 1}]) for name, flags in
-        (("old", {}), ("same", {"advantage": "gae", "revise": 0.0}), ("new", {"advantage": "right"})))
+        {"kind": "rl", "seed": 0, "lr": 1e-4} | more), [{"step": 1}])
+        for name, more in flags.items())
     assert [list(arm.runs) for arm in plot.group([old, new])] == [[0], [0]]
     assert len(plot.group([old, same])) == 1
