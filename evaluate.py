@@ -15,8 +15,8 @@ Three measures of one policy, each on the same hands:
   first answer   right at once
   fresh          right within five answers that know nothing of each other
   conversation   right within five answers, each told by the verifier what was wrong with the last
-                 (the paper's measure). conversation - fresh is the VALUE OF THE MESSAGE: below 0,
-                 being told hurts
+                 (the paper's measure). conversation - fresh is the VALUE OF THE MESSAGE, and of
+                 the own wrong answer that stands before it: below 0, the two hurt
 
 Shapes: B episodes in a batch, W new tokens of the longest, V vocabulary.
 
@@ -434,9 +434,9 @@ def gain(hits, count, hits_before, count_before, z=1.96):
 def rate(outcomes):
     """A rate with an interval that knows of groups: {"rate", "count", "interval"}.
 
-    outcomes: [(group, 0 or 1)]. 1,000 held-out hands are 96 multisets of numbers, and hands of one
-    multiset succeed or fail together; so do the tries of one walk. Wilson's interval is given
-    an effective count: as many independent outcomes as would scatter like these groups.
+    outcomes: [(group, 0 or 1)]. 1,000 held-out ID hands are 96 multisets of numbers, and
+    hands of one multiset succeed or fail together; so do the tries of one walk. Wilson's interval
+    is given an effective count: as many independent outcomes as would scatter like these groups.
     """
     groups = {}
     for group, hit in outcomes:

@@ -210,8 +210,8 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns False, with advantages of 0, where nothing tells good from bad: of several episodes, all
-    had the same rewards, or all tries had. Normalising would teach the critic's rounding.
+    Returns False, with advantages of 0, where rewards tell nothing: all of several episodes had the
+    same ones, or all tries had. Normalising would teach V's errors (V = 0: late tries are good).
     """
     # An episode may lie in several rows. What follows the last try at a position is V of the next
     # position, read in ANOTHER row: forgetting the words ends a conversation, not the episode.
@@ -335,7 +335,7 @@ def rate_scale(update, updates, steps_done, warmup):
     cosine over the updates, as in the paper. steps_done: optimiser steps before this one, in all.
     """
     cosine = 0.5 * (1 + math.cos(math.pi * update / updates))
-    return cosine * min(1.0, (steps_done + 1) / max(1, warmup))
+    return cosine * min(1.0, (steps_done + 1) / warmup)
 
 
 def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True):
@@ -460,11 +460,11 @@ class Policy:
                 "flops_spent": training + 2 * size * 2 * counts["sampled"]}
 
     def measure(self, step, hands):
-        """Play at 0.6, five tries (walks: two), not --temperature, --tries; write eval.jsonl."""
+        """Play at temperature 0.6, with the paper's tries, whatever the flags say; log it."""
         args = self.args
         tqdm.write(f"after update {step}, {hands} episodes a cell:")
         cells = CURVE_CELLS[args.task] if args.ood else ["id"]
-        # of what was trained on, the training rule alone: it shows what is known by heart
+        # seen hands under the training rule alone: beside held-out ones they show memorising
         games = {"all": cells} if args.split == "all" else {"train": ["id"], args.eval_split: cells}
         results = {}
         for split, cells in games.items():
@@ -597,22 +597,21 @@ def make_start(args):
     if not (path / "state.pt").exists():
         backbone = sft.open_backbone(wanted)
         sft.answer_length(backbone, args, args.tries)       # before the work, not after it
-        aside = folder.with_name(f"{folder.name}-{time.time_ns()}")  # others may make it, too
+        aside = sft.open_run(folder.with_name(f"{folder.name}-{time.time_ns()}"), wanted, "sft")
         sft.run_sft(wanted, aside, step, backbone)
-        if not folder.exists():
+        if not folder.exists():                             # others may have made it, too
             aside.rename(folder)
     return path if (path / "state.pt").exists() else aside / path.name
 
 
-# Other tasks have other defaults. A walk, over at its first miss, has about 13 tries, as many as
-# four hands, in 11 conversations, not 4: 64 walks are as much experience as 256 hands, and as many
-# tries a minibatch are 96 conversations. At twice this rate one seed of three fell below its start.
+# A walk (over at its first miss) has about 13 tries in 11 conversations, a hand 3.3 in one: so 64
+# walks are as many tries as 256 hands. At twice this rate one seed of three fell below its start.
 WALKS = {"tries": virl_env.TRIES, "updates": 10, "episodes": 64, "minibatch": 96, "lr": 5e-5,
          "eval_hands": 48}
 DEFAULTS = {"gp-vl": {"updates": 12, "lr": 1e-4}, "virl-l": WALKS, "virl-vl": WALKS}
 # --preset paper (appendix C.2, launch scripts): 2,048 tries an update, 1,024 an optimiser step
 PAPER = {"updates": 20, "episodes": 500, "tries": 5, "minibatch": 250, "temperature": 0.2,
-         "max_new_tokens": 512, "lr": 1e-6, "value_lr": 1e-6, "warmup": 0, "epochs": 4, "clip": 0.1,
+         "max_new_tokens": 512, "lr": 1e-6, "value_lr": 1e-6, "warmup": 1, "epochs": 4, "clip": 0.1,
          "value_clip": 0.1, "value_trunk": True, "ratio": "answer", "eval_hands": 234,
          "sample_batch": 64, "micro_batch": 4} | sft.LARGE
 PRESETS = {task: dict(PAPER) for task in sft.TASKS}
@@ -636,7 +635,7 @@ def flags(argv=None):
             ("tries", int, gp_env.TRIES, "answers a hand, or a position (paper: 5; V-IRL: 2)"),
             ("temperature", float, 0.6, "of sampling and of the ratio (paper: 0.2)"),
             ("lr", float, 3e-4, "peak learning rate of the policy (paper: 1e-6 at 11B)"),
-            ("warmup", int, 16, "optimiser steps over which both learning rates rise"),
+            ("warmup", int, 16, "optimiser steps over which both learning rates rise (paper: 1)"),
             ("value-lr", float, 3e-3, "learning rate of the value head (paper: the same as --lr)"),
             ("epochs", int, 2, "passes over the batch an update (paper: 4)"),
             ("minibatch", int, 32, "conversations an optimiser step (paper: 1,024 tries)"),
@@ -649,8 +648,9 @@ def flags(argv=None):
             ("lam", float, 0.95, "lambda of GAE (paper: 0.95)"),
             ("eval-hands", int, 200, "hands or walks a cell at both ends"),
             ("eval-every", int, 7, "updates between short evaluations")):
-        walks = WALKS.get(name.replace("-", "_"), default)
-        add(f"--{name}", type=kind, default=default, help=f"{text}; {default}, V-IRL: {walks}")
+        key = name.replace("-", "_")
+        others = [f", {task} {its[key]}" for task, its in DEFAULTS.items() if key in its]
+        add(f"--{name}", type=kind, default=default, help=f"{text}; {default}{''.join(others)}")
     add("--value-trunk", action=argparse.BooleanOptionalAction, default=False,
         help="let the critic's gradient into the trunk (paper: yes)")
     add("--ratio", choices=("token", "answer"), default="token", help="paper: answer")

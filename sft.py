@@ -41,8 +41,8 @@ import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-# Before torch loads. Threads that spin while they wait: 1/7 faster alone, 4 times slower beside
-# another program.
+# Before torch loads: its threads are to sleep while they wait. Spinning would be 1/7 faster alone
+# and 4 times slower beside another program.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if pathlib.Path(sys.argv[0]).name in ("sft.py", "evaluate.py", "rl.py"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C among the imports: no traceback
@@ -340,7 +340,7 @@ def run_sft(args, folder, stop, backbone):
     ruled = {"rule": "varied"} if args.vary_rule else {}
 
     def draw(step):
-        """The batch of a step: expert conversations of the training split."""
+        """A batch of expert conversations. A run from START begins with START's own again."""
         rng = np.random.default_rng([2, args.seed, step])   # 2; 3 below, 1 in RL: streams apart
         made = [expert(rng, split=args.split, revise=args.revise, **options | ruled)
                 for _ in range(args.batch)]

@@ -59,7 +59,7 @@ def _cut_cards(name, piece):
     if name != "formula":
         return re.findall("[A-Za-z0-9]+", piece.split("]", 1)[0])
     piece = piece.lstrip()
-    if piece[:1] in ("'", '"'):     # all of it: what a guess is followed by is no other field
+    if piece[:1] in ("'", '"'):     # cut at a comma, "8*3=24, or 6*4" would be paid
         return piece[1:].split(piece[0], 1)[0]
     return re.split(r"[\n},]", piece, maxsplit=1)[0]
 
@@ -182,7 +182,7 @@ def _factor(tokens, numbers, depth):
     value = _expression(tokens, numbers, depth + 1)
     after = tokens.pop(0)
     if after != ")":
-        raise IllegalFormula(after, "open")
+        raise IllegalFormula(after, "open" if after in ("end", "=") else "operator")
     return value
 
 

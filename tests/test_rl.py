@@ -44,7 +44,7 @@ from test_sft import (assert_one_line, check_loss_mean, check_mask, check_shift,
 def settings(**changes):
     """The flags of a small run: one epoch, one minibatch, no warm-up, unless said otherwise."""
     return argparse.Namespace(**vars(rl.flags([])) | {
-        "episodes": 6, "max_new_tokens": 6, "epochs": 1, "minibatch": 64, "warmup": 0, "lr": 1e-3,
+        "episodes": 6, "max_new_tokens": 6, "epochs": 1, "minibatch": 64, "warmup": 1, "lr": 1e-3,
         "value_lr": 1e-3, "clip": 0.2, "value_clip": 1.0, "temperature": 0.6} | changes)
 
 
@@ -618,7 +618,7 @@ def test_learning_rates_by_hand(tiny):
 def test_rate_scale_by_hand():
     """Catches a first step at rate 0, and a warm-up that counts updates."""
     assert rl.rate_scale(0, 4, 0, 8) == pytest.approx(1 / 8)
-    assert rl.rate_scale(0, 4, 20, 8) == 1 and rl.rate_scale(0, 4, 0, 0) == 1
+    assert rl.rate_scale(0, 4, 20, 8) == 1 and rl.rate_scale(0, 4, 0, 1) == 1
     assert rl.rate_scale(2, 4, 3, 8) == pytest.approx(1 / 2 * 4 / 8)
     assert rl.rate_scale(4, 4, 99, 8) == pytest.approx(0)
 
@@ -907,6 +907,8 @@ def test_start_is_made_once_and_counted(rigged, monkeypatch, capsys):
     monkeypatch.setattr(sft, "run_sft", overtaken)
     path = rl.make_start(rl.flags([*map(str, QUICK), "--seed", "1"]))
     assert sft.load_state(path)["tokens"] > 0
+    # evaluate.py --model START plays what it was trained on
+    assert json.loads((path.parent / "args.json").read_text())["task"] == "gp-l"
     # the folder is there, its step is not: the new one is used where it was made
     shutil.rmtree(path)
     monkeypatch.setattr(sft, "run_sft", taught)

@@ -111,6 +111,7 @@ CASES = [
     ("trailing operator", strict("8+3+8+3-=24"), EIGHTS, "illegal", "'=': a number or ("),
     ("trailing operator at the end", strict("8+3+8+3-"), EIGHTS, "illegal", "a number or ( should"),
     ("bracket not closed", strict("8/(3-8/3=24"), EIGHTS, "illegal", "a bracket is not closed"),
+    ("two numbers in a bracket", strict("(8 3)*8-3=24"), EIGHTS, "illegal", "'3': an operator"),
     ("bracket never opened", strict("8/3-8/3)=24"), EIGHTS, "illegal", "')': no bracket is open"),
     ("empty brackets", strict("8/(3-8/3)*()=24"), EIGHTS, "illegal", "')': a number or ("),
     ("nothing right of the =", strict("8/(3-8/3)="), EIGHTS, "illegal", "a number or ( should"),
