@@ -210,7 +210,7 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns False, with advantages of 0, where rewards tell nothing: all of several episodes had the
+    Returns True; False, with advantages of 0, where rewards tell nothing: several episodes had the
     same ones, or all tries had. Normalising would teach V's errors (V = 0: late tries are good).
     """
     # An episode may lie in several rows. What follows the last try at a position is V of the next

@@ -98,6 +98,16 @@ def bound(node):
         return {node.name}
     names = {name.id for name in ast.walk(node)
              if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+    # TABLE["+"] = add; table.update(...): they belong to what they change
+    changed = [part for part in ast.walk(node) if isinstance(part, (ast.Subscript, ast.Attribute))
+               and isinstance(part.ctx, ast.Store)]
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        changed.append(node.value.func)
+    for part in changed:
+        while isinstance(part, (ast.Subscript, ast.Attribute)):
+            part = part.value
+            if isinstance(part, ast.Name):
+                names.add(part.id)
     return names | {(alias.asname or alias.name).split(".")[0] for part in ast.walk(node)
                     if isinstance(part, (ast.Import, ast.ImportFrom)) for alias in part.names}
 
@@ -206,6 +216,7 @@ def run_test(text, folder):
     for name in FILES:
         sys.modules.pop(name, None)
     sys.path.insert(0, folder)
+    os.chdir(folder)            # "backbones/gp" is found, as at home
     space, passed, failed = {"__name__": "test_hunt"}, 0, []
     try:
         types.FunctionType(compile(text, "test_hunt.py", "exec"), space)()
@@ -367,7 +378,9 @@ class Bench:
 
     def start(self):
         """Start the server. Its environment and command line hold nothing secret."""
-        calm = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        calm = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+                # a child may start no thread: without these no test can load a backbone
+                "HF_DEACTIVATE_ASYNC_LOAD": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.server = subprocess.Popen(
             [sys.executable, "-P", str(HERE / "bench.py"), *self.command], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | calm)

@@ -103,12 +103,13 @@ def make_compare(rng):
 GP_KINDS = ("right", "right, no right side", "wrong value", "right side lies", "right side wrong",
             "one left out", "one twice", "one foreign", "all four and a foreign one",
             "one for another", "two formulas", "no formula", "illegal", "too long",
-            "cards misread", "numbers misread", "all wrong", "loose", "illegal and foreign")
+            "cards misread", "numbers misread", "all wrong", "loose", "illegal and foreign",
+            "right side 0", "no whole number", "same sum", "other double")
 
 
 def make_verify_gp(rng):
-    """60 answers: of each kind three or four, every third one to a picture."""
-    return [gp_answer(rng, GP_KINDS[i % len(GP_KINDS)], i % 3 == 0) for i in range(60)]
+    """69 answers: of each kind three, one of them to a picture."""
+    return [gp_answer(rng, GP_KINDS[i % len(GP_KINDS)], i % 3 == 0) for i in range(69)]
 
 
 def gp_answer(rng, kind, picture):
@@ -117,6 +118,15 @@ def gp_answer(rng, kind, picture):
     while True:
         cards, numbers = hand(rng)
         used = list(numbers)
+        if kind in ("other double", "cards misread", "numbers misread"):     # 8 8 3 5 for 8 3 3 5
+            cards = [*rng.sample(RANKS[:9], 3), ""]
+            cards[3] = cards[0]
+            numbers = [1 if card == "A" else int(card) for card in cards]
+            used = [*numbers[:3], numbers[1]] if kind == "other double" else list(numbers)
+        elif kind == "same sum":
+            used[0], used[1] = used[0] + 1, used[1] - 1
+            if min(used) < 1 or sorted(used) == sorted(numbers):
+                continue
         if kind in ("one left out", "all wrong"):
             used.remove(rng.choice(used))
         elif kind == "one twice":
@@ -133,10 +143,11 @@ def gp_answer(rng, kind, picture):
             value, _, _ = verifier.parse_formula(text)
         except verifier.IllegalFormula:
             continue
-        if value.denominator == 1 and 1 <= value <= 99:
+        if (value.denominator > 1) == (kind == "no whole number") and 1 <= value <= 99:
             break
     target, said, stated = int(value), list(numbers), list(cards)
     shown = text if kind == "right, no right side" else f"{text}={target}"
+    shown = f"{text}=0" if kind == "right side 0" else shown
     if kind in ("wrong value", "right side lies", "all wrong"):
         target += rng.choice((1, 2, 5))
         shown = f"{text}={target}" if kind == "right side lies" else f"{text}={value}"
@@ -146,9 +157,13 @@ def gp_answer(rng, kind, picture):
         shown = rng.choice((f"{text}+={target}", f"{text})={target}", f"-{text}", f"{text}=", ""))
     elif kind == "illegal and foreign":
         shown = f"{text}+99-"
-    if kind in ("cards misread", "all wrong"):
+    if kind == "cards misread":
+        stated[3] = stated[1]
+    if kind == "all wrong":
         stated[0] = "3" if stated[0] != "3" else "4"
-    if kind in ("numbers misread", "all wrong"):
+    if kind == "numbers misread":
+        said[3] = said[1]
+    if kind == "all wrong":
         said[1] += 1
     rng.shuffle(stated)
     fields = [f'"cards": {json.dumps(stated)}', f'"number": {said}', f'"formula": "{shown}"']
@@ -183,7 +198,8 @@ HOSTILE = (
     "True+1", "1 if 1 else 2", "__import__('os').getpid()", "(1).__class__", "9" * 4, "9" * 5,
     "1+" * 60 + "1", "1+" * 120 + "1", "(" * 19 + "1" + ")" * 19, "(" * 20 + "1" + ")" * 20,
     "(" * 21 + "1" + ")" * 21, "(" * 5000, "1" * 5000, "9" * 200, "\t1\n+ 2 ", "1+2 is it",
-    "1+2.", "{1+2}", "[1+2]", "1+2=3.", "24=24", "5*5-1=24", "\x00", "1\x00+2", "<|end|>", "1<2")
+    "1+2=0", "1+2=03", "1+2=12345", "1+2=٣", "1+2=+3", "1+2=1_0", "1+2.", "{1+2}", "[1+2]",
+    "1+2=3.", "24=24", "5*5-1=24", "\x00", "1\x00+2", "<|end|>", "1<2")
 
 
 def make_parse_formula(rng):
@@ -223,6 +239,8 @@ def make_verify_virl(rng):
         illegal = "turn_direction(" + (RELATIVE if words == COMPASS else COMPASS)[0] + ")"
         if i % 2:
             text = SILENT[i // 2 % len(SILENT)]
+            if i // 2 >= len(SILENT):       # nothing to misread, and a first guess would be right
+                told, right = "no landmark in sight", "forward()" if "forward" in text else right
             for mark, word in (("<right>", right), ("<seen>", told), ("<illegal>", illegal)):
                 text = text.replace(mark, word)
             honest = False
@@ -238,6 +256,14 @@ def make_verify_virl(rng):
             honest = True
         examples.append({"text": text, "action": right, "observation": told, "words": words,
                          "honest": honest})
+    place = rng.choice(PLACES)
+    for told, claim in (("left", "right"), ("", "left"), ("left", ""), ("", "crossing"),
+                        ("crossing", "")):      # a wrong action, and one thing misread
+        told, claim = ({"": "no landmark in sight", "crossing": "you are at an intersection"}.get(
+            word, f"{place} is on your {word}") for word in (told, claim))
+        examples.append({
+            "text": json.dumps({"current observation": claim, "action": "forward()"}),
+            "action": "stop()", "observation": told, "words": COMPASS, "honest": True})
     return examples
 
 
@@ -320,7 +346,8 @@ def make_sft_loss(rng):
         ids, mask = ragged(rng, 5, 4, 14)
         examples += [{"ids": ids, "mask": mask, "micro_batch": size, "backward": True}
                      for size in (1, 2, 64)]
-    return examples + [{"ids": ids, "mask": mask, "micro_batch": 2, "backward": False}]
+    return examples + [{"ids": ids, "mask": mask, "micro_batch": 2, "backward": False},
+                       examples[1] | {"pictures": True}]
 
 
 def softmax_logs(logits, temperature):
@@ -336,7 +363,8 @@ def make_draw(rng):
     for temperature in (1.0, 0.6, 0.3, 2.0, 0.0):
         logits = drawn(rng, 8, 2.5)
         examples.append({"logits": logits, "logprobs": softmax_logs(logits, temperature or 1.0),
-                         "temperature": temperature, "count": 600, "seed": rng.randrange(10 ** 6)})
+                         "temperature": temperature, "count": 20_000 if temperature else 600,
+                         "seed": rng.randrange(10 ** 6)})
     return examples
 
 
@@ -379,6 +407,8 @@ def make_score(rng):
                 row["ids"] += [rng.randrange(6, 24) for _ in range(answer)]
                 row["mask"] += [0] * prompt + [1] * answer
             rows.append(row)
+        for number, row in enumerate(rows):
+            row["picture"] = {"pixels": [number]} if i == 4 else None
         examples.append({"rows": rows, "temperature": (0.6, 1.0, 1.5)[i % 3],
                          "value_trunk": i % 2 == 1})
     return examples
@@ -405,9 +435,9 @@ def make_normalised(rng):
 
 
 def make_add_advantages(rng):
-    """10 batches, rows shuffled; an episode lies in one row or in several. lam = 1 throughout.
+    """10 batches, rows shuffled; an episode lies in one row or in several. lam is 1 or 0.
 
-    In one all episodes were paid alike, in one there is a single episode.
+    In one all tries were paid alike, in one all episodes, in one there is a single episode.
     """
     examples = []
     for i in range(10):
@@ -415,7 +445,9 @@ def make_add_advantages(rng):
         for e in range(1 if i == 9 else rng.randrange(2, 5)):
             count, solved = rng.randrange(1, 5), rng.random() < 0.5
             paid = [float(rng.choice((-3, -2, -1, 1, 5))) for _ in range(count)]
-            if i == 8:
+            if i == 7:
+                count, paid = e + 1, [-1.0] * (e + 1)
+            elif i == 8:
                 count, paid = 2, [-1.0, 5.0]
             elif i == 9:
                 count, paid = 3, [-1.0, -1.0, 5.0]
@@ -427,7 +459,7 @@ def make_add_advantages(rng):
                 rows[-1]["values"].append(round(rng.gauss(0, 2), 2))
         rng.shuffle(rows)
         examples.append({"episodes": episodes, "rows": rows, "gamma": (0.9, 0.7)[i % 2],
-                         "lam": 1.0})
+                         "lam": (1.0, 0.0)[i // 2 % 2]})
     return examples
 
 
@@ -506,7 +538,7 @@ def make_gain(rng):
         counts = [rng.randrange(5, 500) for _ in range(2)]
         new, old = ([rng.randrange(count + 1), count] for count in counts)
         examples.append({"new": new, "old": old})
-    return examples
+    return examples + [examples[0] | {"z": [1.0]}, examples[4] | {"z": [2.576]}]
 
 
 PLANTED = ("mask one late", "messages learnt", "end tokens not learnt", "other temperature",
@@ -530,7 +562,7 @@ def batch(rng, kind):
     for e in range(6):
         held_out = kind in ("a held-out hand", "clean, all hands") and e == 4
         split = None
-        while split != ("test" if held_out else "train"):
+        while split != (("val" if kind in PLANTED else "test") if held_out else "train"):
             cards = [rng.choice(RANKS) for _ in range(4)]
             split = split_of(cards)
         splits["".join(sorted(cards))] = split
@@ -553,7 +585,8 @@ def batch(rng, kind):
     rng.shuffle(rows)
     return {"episodes": episodes, "rows": rows, "splits": splits, "temperature": temperature,
             "split": "all" if kind == "clean, all hands" else "train",
-            "dtype": "bfloat16" if kind == "clean bf16" else "float32", "kind": kind}
+            "dtype": "bfloat16" if kind in ("clean bf16", "other temperature") else "float32",
+            "kind": kind}
 
 
 def spoil(rng, kind, number, row):

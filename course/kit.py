@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import unicodedata
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -47,8 +48,13 @@ PUBLIC = HERE / "public.json"       # in a hand-out: examples, outcomes, known m
 TEACHERS = ("mutants.py", "examples.py")    # files of course/ that stay with the instructor
 FOR_TEACHERS = "## For the instructor"      # the hand-out's README ends before this heading
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
+# Words of a hand-in that may reach for our copy of the solution: people look at them.
+LOOK = ("sys.modules", "importlib", "__import__", "runpy", "_getframe", "gc.get", "open(",
+        "read_text", *(f"import {file}" for file in (*FILES, "runs", "bench", "kit")),
+        *(f"from {file} " for file in FILES))
 # Words of tests that look at how a source is spelt, not at what it does.
-SPELLING = ("__file__", "inspect", "open(", "hashlib")
+SPELLING = ("__file__", "inspect", "open(", "hashlib", "__code__", "co_code", "crc32", "read_text",
+            "linecache", "getsource", "mkdir", "import dis")
 
 
 class Refused(Exception):
@@ -283,6 +289,18 @@ def first_difference(outcomes, expected):
     return None
 
 
+def first_part(yours, expected, at="here"):
+    """The first place inside two outcomes where they differ: (where, yours, expected)."""
+    keys = ()
+    if isinstance(expected, (dict, list)) and type(yours) is type(expected):
+        keys = expected if isinstance(expected, dict) else range(min(len(yours), len(expected)))
+    for key in keys:
+        if isinstance(expected, list) or key in yours:
+            if not same(yours[key], expected[key]):
+                return first_part(yours[key], expected[key], f"{at}[{key!r}]")
+    return at, short(yours, 100), short(expected, 100)
+
+
 def short(value, width=400):
     """A value in one line that fits a screen. NaN and the like as Python writes them."""
     text = json.dumps(value, ensure_ascii=False)
@@ -305,7 +323,10 @@ def explain(function, public, outcomes, trouble):
         lines += [f"{wrong} of {len(expected)} examples differ. Example {at + 1}:",
                   f"    arguments  {short(public['examples'][at])}",
                   f"    yours      {short(outcomes[at])}",
-                  f"    expected   {short(expected[at])}"]
+                  f"    expected   {short(expected[at])}",
+                  "    first at   {}: yours {}, expected {}".format(
+                      *first_part(outcomes[at], expected[at])),
+                  f"    in full    course/public.json, functions, {function}, number {at}"]
     mistake = name_mistake(outcomes, expected, public["mistakes"]) if outcomes else None
     if mistake:
         lines.append(f"This is what a function gives that {mistake['says']}. "
@@ -409,7 +430,7 @@ def read_hand_in(folder, name, limit=1_000_000):
     path = folder / name
     if path.is_symlink() or not path.is_file() or path.stat().st_size > limit:
         return ""
-    return path.read_text("utf-8", errors="replace")
+    return path.read_text("utf-8-sig", errors="replace")
 
 
 def read_json(folder, name):
@@ -469,6 +490,12 @@ def grade(folder, seed, out, name=None, only=()):
         if "attack" in wanted:
             tests.append(grade_attack(bench, folder, seed, name))
     tests += hunted
+    files = {f"{one.split('.')[0]}.py" for one in functions}
+    odd = [f"{file}: {word}" for file in sorted(files) for word in LOOK
+           if read_hand_in(folder, file).count(word) > source(file[:-3]).count(word)]
+    if odd:
+        tests.append({"name": "read by hand: does it call our solution?", "score": 0,
+                      "max_score": 0, "visibility": "hidden", "output": ", ".join(odd)})
     write_results(out, tests, [problem_of(one) for one in wanted] if only else PROBLEMS)
 
 
@@ -534,8 +561,8 @@ def write_results(out, tests, graded):
 
 
 def plain_name(name):
-    """A name without what lists, forms and mail programs change: case, and spaces at the ends."""
-    return name.strip().lower()
+    """A name without what lists, forms and folders change: case, spaces around it, how ö is made."""
+    return unicodedata.normalize("NFC", name).strip().lower()
 
 
 def chosen(name, bugs, secret):
@@ -618,6 +645,8 @@ def hunt(name, out, secret):
     (out / f"{file}.py").write_text(planted, "utf-8")
     (out / "hunt.json").write_text(json.dumps(
         {"name": name, "file": "...", "line": 0, "number": "..."}), "utf-8")
+    for path in out.rglob("*"):
+        os.utime(path, (10 ** 9, 10 ** 9))      # the newest file would be the one to look at
     print(f"key for {ascii(name)}: {file}.py, line {line}: {mutant.function} {mutant.says}\n"
           f"what tells: {mutant.tells}")
 
@@ -666,14 +695,17 @@ def grade_test(bench, test, bugs):
     """A test has to pass on the source, fail with the first of the bugs, pass with the others."""
     if not test or spelling(test):
         return result("hunt.test", 0, spelling(test) or "there is no test_hunt.py")
-    found = []
-    for bug in (None, *bugs):
+    found = {}
+    order = [None, *bugs]
+    secrets.SystemRandom().shuffle(order)       # a test that counts its runs knows nothing
+    for bug in order:
         with tempfile.TemporaryDirectory() as folder:
             lay_out(pathlib.Path(folder), bug)
             outcomes, trouble = bench.test(test, folder)
         if trouble:
             return result("hunt.test", 0, trouble)
-        found.append(outcomes[0] if isinstance(outcomes[0], dict) else {})
+        found[bug] = outcomes[0] if isinstance(outcomes[0], dict) else {}
+    found = [found[bug] for bug in (None, *bugs)]
     clean = [type(one.get("passed")) is int and one["passed"] > 0 and not one.get("failed")
              for one in found]      # a test may write what it likes
     fine = bool(found[1].get("failed")) and clean[0] and all(clean[2:])

@@ -135,6 +135,11 @@ MUTANTS = [
             ("_judge_formula", "right is not None and right != target", "False")]),
         ("is content when the left side is the target", "what if the right side says otherwise?", [
             ("_judge_formula", "right is not None and right != target", "False")]),
+        ("takes a right side of 0 for none", "what does `if right` say of 0?", [
+            ("_judge_formula", "right is not None and right != target",
+             "right and right != target")]),
+        ("rounds the value", "24.5 is not 24", [
+            ("_judge_formula", "if value != target", "if int(value) != target")]),
         ("believes the right side of the equation", "who computed the number after the = ?", [
             ("_judge_formula", "if value != target", "if right is None and value != target")]),
         ("judges the last of several formulas", "how many tries is an answer?", [
@@ -302,6 +307,8 @@ MUTANTS = [
         ("divides by all tokens, prompts as well", "whose tokens are counted?",
          'total = sum(sum(row["mask"]) for row in rows)',
          'total = sum(len(row["ids"]) for row in rows)'),
+        ("does not show the model its pictures", "what does batch return?",
+         "ids, lengths, pictures)\n", "ids, lengths)\n"),
         ("divides by the number of conversations", "a mean over tokens",
          'total = sum(sum(row["mask"]) for row in rows)', "total = len(rows)"),
         ("leaves the sum a sum", "a mean over tokens",
@@ -327,6 +334,9 @@ MUTANTS = [
          "logits / (temperature or 1.0)", "logits"),
         ("returns p for log p", "log p", ", logprobs.gather(1, token)",
          ", logprobs.exp().gather(1, token)"),
+        ("draws with the same dice each time", "a generator goes on from draw to draw",
+         "logprobs.exp(), 1, generator=generator", "logprobs.exp(), 1, "
+         "generator=torch.Generator().manual_seed(0)"),
         ("draws from the global generator", "results must be the same again", [
             ("draw", ", generator=generator", "")]),
         ("knows no temperature 0", "the likeliest token, always",
@@ -363,6 +373,8 @@ MUTANTS = [
         ("reads V one token early", "value_at", "hidden[row, before]", "hidden[row, before - 1]"),
         ("reads V at the end of the conversation", "value_at", "hidden[row, before]",
          "hidden[row, lengths[row] - 1]"),
+        ("does not show the model its pictures", "what does batch return?",
+         "ids, lengths, pictures)  ", "ids, lengths)  "),
         ("forgets the temperature", "which policy played?", "ids, mask, temperature)",
          "ids, mask)"),
         ("lets the critic move the trunk unasked", "value_trunk=False",
@@ -422,6 +434,12 @@ MUTANTS = [
             ("normalised", "correction=0", "correction=1")]),
         ("does not normalise", "mean 0, standard deviation 1",
          "normalised(advantages) if can_learn", "advantages if can_learn"),
+        ("says nothing where the policy may learn", "rl.run asks for the answer: None is no True",
+         "return can_learn", "return None if can_learn else False"),
+        ("forgets lambda", "eq. 2", "episode.truncated, gamma, lam)",
+         "episode.truncated, gamma, 1.0)"),
+        ("learns where all tries were paid alike", "what would such a batch teach?",
+         "(len(paid) > 1 and len(set().union(*paid)) > 1)", "len(paid) > 1"),
         ("deals advantages out in the order of rows", "(episode, number of the try)", [
             ("add_advantages", "    for row in rows:\n        at =",
              "    left = list(order.values())\n    for row in rows:\n        at ="),

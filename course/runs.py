@@ -12,12 +12,14 @@ serves these examples, and nothing else, in its place.
 Read next: bench.py, which gives every function a process of its own.
 """
 
+import contextlib
 import copy
 import functools
 import importlib
 import math
 import sys
 import types
+from decimal import Decimal
 from fractions import Fraction
 
 from problems import FILES
@@ -34,6 +36,8 @@ def plain(x):
     """Tensors, arrays, tuples and numbers of any library -> lists, numbers, words."""
     if x is None or isinstance(x, (str, bool, int, float)):
         return x
+    if isinstance(x, (Fraction, Decimal)):
+        return float(x)
     if hasattr(x, "tolist"):            # torch and numpy
         return plain((x.detach() if hasattr(x, "detach") else x).tolist())
     if isinstance(x, (list, tuple)):
@@ -111,9 +115,16 @@ def tiny():
 def slow_logprobs(backbone, hidden, ids, mask, temperature=1.0):
     """What token_logprobs gives, from one forward pass for each token: slow, but hard to get wrong.
 
-    It reads the tokens again and ignores `hidden`.
+    It reads the tokens again; of `hidden` it asks only that it is what `trunk` gives.
     """
     torch, found = module("torch"), []
+    if hidden.requires_grad != torch.is_grad_enabled():
+        raise ValueError("log p has to learn through hidden")
+    states = backbone.model.base_model(input_ids=ids).last_hidden_state
+    for mine, right, marks in zip(hidden, states, mask):
+        read = int(marks.nonzero().max()) + 1
+        if mine.shape != right.shape or not torch.allclose(mine[:read], right[:read], atol=1e-4):
+            raise ValueError("hidden has to be what trunk gives: a state for each of ids")
     vocabulary = backbone.model.get_output_embeddings().weight.shape[0]
     allowed = [v for v in range(vocabulary) if v not in backbone.banned]
     for row, marks in zip(ids, mask):
@@ -129,6 +140,22 @@ def slow_logprobs(backbone, hidden, ids, mask, temperature=1.0):
 def gradient_norm(parameters):
     """Length of the gradient of all parameters together; 0 where none was made."""
     return math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None))
+
+
+@contextlib.contextmanager
+def watched(file):
+    """Pictures that reach `trunk` in a file, in a list: a forward pass without them is blind."""
+    kept, shown = module("sft").trunk, []
+
+    def trunk(backbone, ids, lengths, pictures=None):
+        shown.extend(plain(picture) for picture in pictures or [])
+        return kept(backbone, ids, lengths)
+
+    module(file).trunk = trunk
+    try:
+        yield shown
+    finally:
+        module(file).trunk = kept
 
 
 def forget_gradients(backbone):
@@ -222,7 +249,7 @@ def run_token_logprobs(f, x):
     hidden = torch.tensor(x["hidden"], requires_grad=True)
     ids, mask = torch.tensor(x["ids"]), torch.tensor(x["mask"])
     logprobs, entropy = f(backbone, hidden, ids, mask, x["temperature"])
-    logprobs.sum().backward()
+    (logprobs.sum() + entropy.sum()).backward()
     return {"logprobs": plain(logprobs), "entropy": plain(entropy),
             "gradient of each position": plain(hidden.grad.norm(dim=-1)),
             "arguments changed": [ids.tolist(), mask.tolist()] != [x["ids"], x["mask"]]}
@@ -233,10 +260,13 @@ def run_sft_loss(f, x):
     stand_in("sft.token_logprobs", slow_logprobs)
     backbone = tiny()
     forget_gradients(backbone)
-    rows = [{"ids": list(ids), "mask": list(mask), "picture": None}
-            for ids, mask in zip(x["ids"], x["mask"])]
-    loss, fed = f(backbone, rows, x["micro_batch"], x["backward"])
+    rows = [{"ids": list(ids), "mask": list(mask),
+             "picture": {"pixels": [i]} if x.get("pictures") else None}
+            for i, (ids, mask) in enumerate(zip(x["ids"], x["mask"]))]
+    with watched("sft") as shown:
+        loss, fed = f(backbone, rows, x["micro_batch"], x["backward"])
     return {"loss": plain(loss), "tokens fed": plain(fed),
+            "pictures seen": sorted(shown, key=str),
             "gradient": gradient_norm(backbone.model.parameters()),
             "arguments changed": [row["ids"] for row in rows] != x["ids"]}
 
@@ -251,6 +281,7 @@ def run_draw(f, x):
     before = torch.get_rng_state()
     generators = [torch.Generator().manual_seed(x["seed"]) for _ in range(2)]
     (token, said), (again, _) = (f(logits, x["temperature"], one) for one in generators)
+    more, _ = f(logits, x["temperature"], generators[0])
     token = torch.as_tensor(token).reshape(count)
     said = torch.as_tensor(said).reshape(count)
     share, expected = token.bincount(minlength=len(right)) / count, right.exp()
@@ -262,6 +293,8 @@ def run_draw(f, x):
     return {"largest error of the log p that is returned": plain(error),
             "tokens are as frequent as their p": bool((surprise < 5).all()),
             "the same generator draws the same": plain(token) == plain(again.reshape(count)),
+            "the generator goes on": (plain(token) != plain(more.reshape(count))
+                                      or x["temperature"] == 0),
             "the global generator is left alone": torch.equal(before, torch.get_rng_state())}
 
 
@@ -306,8 +339,10 @@ def run_score(f, x):
         line.bias.fill_(0.3)
     head = torch.nn.Sequential(line, torch.nn.Flatten(-2))
     rows = copy.deepcopy(x["rows"])
-    logprobs, entropy, values = f(backbone, head, rows, x["temperature"], x["value_trunk"])
-    outcome = {"logprobs": plain(logprobs), "entropy": plain(entropy), "values": plain(values)}
+    with watched("rl") as shown:
+        logprobs, entropy, values = f(backbone, head, rows, x["temperature"], x["value_trunk"])
+    outcome = {"logprobs": plain(logprobs), "entropy": plain(entropy), "values": plain(values),
+               "pictures seen": shown}
     values.sum().backward(retain_graph=True)
     outcome["gradient of V in the trunk"] = gradient_norm(backbone.model.parameters())
     outcome["gradient of V in its head"] = gradient_norm(head.parameters())
@@ -328,9 +363,13 @@ def run_gae(f, x):
 
 
 def plain_returns(rewards, values, terminated, truncated, gamma, lam, after=0.0):
-    """In the place of an empty gae, for lam = 1 alone: there A is the discounted sum minus V."""
+    """In the place of an empty gae, for lam 1 (A is the discounted sum minus V) and 0 alone."""
     torch = module("torch")
-    assert lam == 1, "this stand-in knows lam = 1 only: pass on what you were given"
+    assert lam in (0, 1), "this stand-in knows lam 0 and 1 only: pass on what you were given"
+    if lam == 0:
+        values = torch.as_tensor(values)
+        sums = torch.as_tensor(rewards) + gamma * torch.cat([values[1:], torch.zeros(1)])
+        return sums - values, sums
     sums = torch.tensor([float(sum(gamma ** i * reward for i, reward in enumerate(rewards[k:])))
                          for k in range(len(rewards))])
     return sums - torch.as_tensor(values), sums
@@ -354,7 +393,7 @@ def run_add_advantages(f, x):
     learns = f(rows, episodes, x["gamma"], x["lam"])
     keys = ("advantages", "returns", "values")
     return {"rows": [{key: plain(row[key]) for key in keys} for row in rows],
-            "nothing can be learnt": learns is not None and not learns}
+            "nothing can be learnt": not learns}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -400,7 +439,7 @@ def run_wilson(f, x):
 
 def run_gain(f, x):
     """The difference and both ends."""
-    return plain(f(*x["new"], *x["old"]))
+    return plain(f(*x["new"], *x["old"], *x.get("z", [])))
 
 
 def run_complaints(f, x):

