@@ -343,6 +343,8 @@ def serve(base, root, blank, modules):
             runs.tiny()
     if "torch" in sys.modules:
         str(sys.modules["torch"].zeros(2))      # printing imports late what "nobody" may not read
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.monitor_interval = 0       # it would be a thread
     memory = memory_limit()
     gc.disable()
     gc.freeze()         # children share these objects; a collection would copy their pages
