@@ -22,7 +22,7 @@ Shapes: B episodes in a batch, W new tokens of the longest, V vocabulary.
 
     python evaluate.py --ood --show 2 --model runs/rl-gp-l-s0/step-000007    cells, transcripts
     python evaluate.py --ood --run runs/sft-gp-l-s0                          every checkpoint
-    python evaluate.py --strip "10 A 2 J" --run runs/sft-gp-l-s0             how it reads the jack
+    python evaluate.py --strip "10 A 2 J" --run runs/rival                   how it reads the jack
 
 Read before: sft.py. Read next: rl.py. On a first reading parts 2 and 3 are enough.
 """
@@ -745,7 +745,7 @@ def flags(argv=None):
     add("--batch", type=int, default=256, help="episodes at once (default 256; V-IRL: 64)")
     add("--blindfold", action="store_true", help="-vl: grey in place of every picture")
     add("--show", type=int, default=0, metavar="N", help="print N transcripts a cell")
-    add("--strip", metavar="HAND", help='gp-l: how --run or --model reads the jack of "10 A 2 J"')
+    add("--strip", metavar="HAND", help='gp-l: how the first face card of "10 A 2 J" is read')
     walks = {"hands": 180, "batch": 64}
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), walks), {}, argv)
     for cell in args.cells or ():
