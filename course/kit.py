@@ -561,7 +561,7 @@ def write_results(out, tests, graded):
 
 
 def plain_name(name):
-    """A name without what lists, forms and folders change: case, spaces around it, how ö is made."""
+    """A name without what lists, forms, folders change: case, spaces around it, how ö is made."""
     return unicodedata.normalize("NFC", name).strip().lower()
 
 
