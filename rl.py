@@ -134,8 +134,8 @@ def score(backbone, head, rows, temperature, value_trunk=False):
     against 0.37, mean of 24 updates, one seed), so that most of a step served the critic.
     Returns (logprobs (N,), entropy (N,), values (number of tries,)), all float32, in row order.
     """
-    ids, mask, lengths, pictures = batch(backbone, rows)                     # (rows, T) each
-    hidden = trunk(backbone, ids, lengths, pictures)                         # (rows, T, H)
+    ids, mask, pictures = batch(backbone, rows)                              # (rows, T) each
+    hidden = trunk(backbone, ids, pictures)                                  # (rows, T, H)
     logprobs, entropy = token_logprobs(backbone, hidden, ids, mask, temperature)
     # A causal model's hidden state at position t knows tokens 0..t and nothing later. So the states
     # before ALL answers of an episode lie in this one pass, and V of try k cannot peek at answer k.
@@ -639,7 +639,7 @@ def flags(argv=None):
             ("value-lr", float, 3e-3, "learning rate of the value head (paper: the same as --lr)"),
             ("epochs", int, 2, "passes over the batch an update (paper: 4)"),
             ("minibatch", int, 32, "conversations an optimiser step (paper: 1,024 tries)"),
-            ("micro-batch", int, 16, "conversations in memory at once; does not change the result"),
+            ("micro-batch", int, 8, "conversations in memory at once; does not change the result"),
             ("sample-batch", int, 0, "episodes played at once, 0 = all: memory; changes the draws"),
             ("clip", float, 0.2, "clip range of the ratio (paper: 0.1)"),
             ("value-clip", float, 1.0, "clip range of the value, in units of reward (paper: 0.1)"),

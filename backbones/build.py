@@ -349,8 +349,7 @@ def read_right(backbone, name, which, count=64):
             asked.append((i, at))
         rows.append(row)
     ids = pad([row["ids"] for row in rows]).to(backbone.device)
-    lengths = torch.tensor([len(row["ids"]) for row in rows], device=backbone.device)
-    hidden = trunk(backbone, ids, lengths, [row["picture"] for row in rows])        # (B, T, H)
+    hidden = trunk(backbone, ids, [row["picture"] for row in rows])                 # (B, T, H)
     number, place = torch.tensor(asked, device=backbone.device).T                   # (M,) each
     guess = backbone.model.get_output_embeddings()(hidden[number, place - 1]).argmax(-1)
     return (guess == ids[number, place]).float().mean().item()

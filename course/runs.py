@@ -147,9 +147,9 @@ def watched(file):
     """Pictures that reach `trunk` in a file, in a list: a forward pass without them is blind."""
     kept, shown = module("sft").trunk, []
 
-    def trunk(backbone, ids, lengths, pictures=None):
+    def trunk(backbone, ids, pictures=None):
         shown.extend(plain(picture) for picture in pictures or [])
-        return kept(backbone, ids, lengths)
+        return kept(backbone, ids)
 
     module(file).trunk = trunk
     try:

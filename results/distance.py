@@ -36,8 +36,8 @@ def answer_logprobs(backbone, rows):
     """log p of each row's answers under a model, at temperature 1: (rows,) float32."""
     sums = []
     for part in (rows[i:i + 16] for i in range(0, len(rows), 16)):
-        ids, mask, lengths, pictures = sft.batch(backbone, part)
-        hidden = sft.trunk(backbone, ids, lengths, pictures)
+        ids, mask, pictures = sft.batch(backbone, part)
+        hidden = sft.trunk(backbone, ids, pictures)
         logprobs, _ = sft.token_logprobs(backbone, hidden, ids, mask)
         counts = [sum(row["mask"]) for row in part]
         sums += [tokens.sum() for tokens in logprobs.split(counts)]

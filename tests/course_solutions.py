@@ -423,9 +423,8 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
     for at in range(0, len(rows), micro_batch):
         part = rows[at:at + micro_batch]
         ids, mask = pad([r["ids"] for r in part]), pad([r["mask"] for r in part])
-        lengths = torch.tensor([len(r["ids"]) for r in part])
         with torch.set_grad_enabled(backward):
-            hidden = trunk(backbone, ids, lengths, [r["picture"] for r in part if r["picture"]])
+            hidden = trunk(backbone, ids, [r["picture"] for r in part if r["picture"]])
             logp, _ = token_logprobs(backbone, hidden, ids, mask)
             share = -(logp / tokens).sum()
         if backward:
@@ -538,8 +537,8 @@ def conversations(episodes):
 
 SCORE = '''
 def score(backbone, head, rows, temperature, value_trunk=False):
-    ids, mask, lengths, pictures = batch(backbone, rows)
-    hidden = trunk(backbone, ids, lengths, pictures)
+    ids, mask, pictures = batch(backbone, rows)
+    hidden = trunk(backbone, ids, pictures)
     logprobs, entropy = token_logprobs(backbone, hidden, ids, mask, temperature)
     states = torch.stack([hidden[i, t] for i, r in enumerate(rows) for t in r["value_at"]])
     if not value_trunk:
@@ -562,7 +561,7 @@ solutions("rl.score", [SCORE, SCORE.replace("head(states)", "torch.cat([head(s[N
            (0, "if not value_trunk:", "if False:"),
            (0, "logprobs, entropy = token_logprobs(backbone, hidden,",
             "logprobs, entropy = token_logprobs(backbone, hidden.detach(),"),
-           (0, "lengths, pictures)\n", "lengths)\n")])
+           (0, "ids, pictures)\n", "ids)\n")])
 
 SUMS = '''
 def gae(rewards, values, terminated, truncated, gamma, lam, after=0.0):

@@ -188,9 +188,8 @@ def log_p(backbone, rows):
     """log p of the learnt tokens of some rows of text."""
     ids = sft.pad([row["ids"] for row in rows])
     mask = sft.pad([row["mask"] for row in rows])
-    lengths = torch.tensor([len(row["ids"]) for row in rows])
     with torch.no_grad():
-        return sft.token_logprobs(backbone, sft.trunk(backbone, ids, lengths), ids, mask)[0]
+        return sft.token_logprobs(backbone, sft.trunk(backbone, ids), ids, mask)[0]
 
 
 def test_learning_to_see_changes_no_text(monkeypatch, tmp_path):
@@ -271,7 +270,7 @@ def test_reading_asks_for_the_next_token(seeing, monkeypatch, shift, share):
     """Catches a measure that is one token off: it would call a blind model a reader."""
     size = seeing.model.get_output_embeddings().weight.shape[0] + 8
 
-    def prophet(backbone, ids, lengths, pictures):
+    def prophet(backbone, ids, pictures):
         return torch.nn.functional.one_hot(ids.roll(-shift, dims=1), size).float()
 
     monkeypatch.setattr(build, "trunk", prophet)

@@ -83,7 +83,7 @@ def assert_sampler_agrees(backbone, episodes, temperature):
             seen += turn.logprobs
             if following is None or following.new_conversation:
                 row = torch.tensor([ids])
-                hidden = sft.trunk(backbone, row, torch.tensor([len(ids)]))
+                hidden = sft.trunk(backbone, row)
                 found, _ = sft.token_logprobs(backbone, hidden, row, torch.tensor([mask]),
                                               temperature)
                 worst = max(worst, (found - torch.tensor(seen)).abs().max().item())
@@ -393,7 +393,7 @@ def test_sampler_and_update_agree_on_a_gpu(tiny):
                 for m in [0] * len(turn.prompt_ids) + [1] * len(turn.answer_ids)]
         row = torch.tensor([ids], device="cuda")
         with torch.no_grad():
-            hidden = sft.trunk(tiny, row, torch.tensor([len(ids)], device="cuda"))
+            hidden = sft.trunk(tiny, row)
             found, _ = sft.token_logprobs(tiny, hidden, row, torch.tensor([mask], device="cuda"),
                                           0.6)
         seen = torch.tensor([p for turn in episode.turns for p in turn.logprobs])

@@ -213,7 +213,7 @@ def test_qwen_reads_as_its_own_class_does():
         own = backbone.model(input_ids=row, mm_token_type_ids=kinds, attention_mask=row * 0 + 1,
                              pixel_values=picture["pixel_values"], use_cache=False,
                              image_grid_thw=picture["image_grid_thw"]).logits
-        hidden = sft.trunk(backbone, row, torch.tensor([len(ids)]), [picture])
+        hidden = sft.trunk(backbone, row, [picture])
         ours = backbone.model.get_output_embeddings()(hidden)
         assert (own - ours).abs().max() < 1e-4 * own.abs().max()
         flat = backbone.model(input_ids=row, attention_mask=row * 0 + 1, use_cache=False,

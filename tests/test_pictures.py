@@ -163,8 +163,8 @@ def pictured(count=5):
 @torch.no_grad()
 def log_p(backbone, rows):
     """log p of the answer tokens of encoded rows, all in one batch."""
-    ids, mask, lengths, pictures = sft.batch(backbone, rows)
-    return sft.token_logprobs(backbone, sft.trunk(backbone, ids, lengths, pictures), ids, mask)[0]
+    ids, mask, pictures = sft.batch(backbone, rows)
+    return sft.token_logprobs(backbone, sft.trunk(backbone, ids, pictures), ids, mask)[0]
 
 
 def sampled_and_scored(backbone, episodes, micro_batch):
@@ -284,7 +284,7 @@ def test_picture_is_seen_by_its_row_alone(any_class):
 def test_words_and_pictures_do_not_share_a_batch(any_class):
     """Catches a batch of text that is given pictures, and a mixed one read wrong without a word."""
     words = sft.encode(any_class, talk(("user", "Go", False), ("assistant", "abc", True)))
-    assert words["picture"] is None and sft.batch(any_class, [words])[3] is None
+    assert words["picture"] is None and sft.batch(any_class, [words])[2] is None
     with pytest.raises(AssertionError):
         sft.batch(any_class, [words, sft.encode(any_class, pictured(1)[0])])
 
@@ -299,7 +299,7 @@ def test_mllama_is_called_as_its_own_processor_would(seeing):
     assert batch["input_ids"].tolist() == [ids]
     with torch.no_grad():
         theirs = seeing.model.base_model(**batch).last_hidden_state
-        ours = sft.trunk(seeing, batch["input_ids"], torch.tensor([len(ids)]), [picture])
+        ours = sft.trunk(seeing, batch["input_ids"], [picture])
     assert (theirs - ours).abs().max() < 1e-5
 
 

@@ -223,10 +223,10 @@ def test_encoding_is_the_chat_template_itself(tiny):
 def check_shift(token_logprobs, backbone):
     """The batched, padded, shifted computation must equal one forward pass for each token."""
     rows = ragged_rows(backbone, 4)
-    ids, mask, lengths, _ = sft.batch(backbone, rows)
+    ids, mask, _ = sft.batch(backbone, rows)
     for temperature in (1.0, 0.6):
         with torch.no_grad():
-            found, entropy = token_logprobs(backbone, sft.trunk(backbone, ids, lengths), ids, mask,
+            found, entropy = token_logprobs(backbone, sft.trunk(backbone, ids), ids, mask,
                                             temperature)
         assert found.shape == entropy.shape == (int(mask.sum()),)
         assert (found - one_by_one(backbone, rows, temperature)).abs().max() < 1e-5
@@ -241,8 +241,8 @@ def test_uniform_model_scores_exactly_log_v(tiny):
     """Catches a softmax over the wrong dimension or over a vocabulary of the wrong size."""
     torch.nn.init.zeros_(tiny.model.get_output_embeddings().weight)
     rows = ragged_rows(tiny, 3)
-    ids, mask, lengths, _ = sft.batch(tiny, rows)
-    found, entropy = sft.token_logprobs(tiny, sft.trunk(tiny, ids, lengths), ids, mask, 0.7)
+    ids, mask, _ = sft.batch(tiny, rows)
+    found, entropy = sft.token_logprobs(tiny, sft.trunk(tiny, ids), ids, mask, 0.7)
     log_v = math.log(len(tiny.tokenizer) - 1)
     assert torch.allclose(found, torch.full_like(found, -log_v), rtol=0, atol=1e-6)
     assert torch.allclose(entropy, torch.full_like(entropy, log_v), rtol=0, atol=1e-5)
@@ -252,22 +252,22 @@ def test_uniform_model_scores_exactly_log_v(tiny):
 def test_padding_changes_no_logprob(tiny):
     """Catches padding on the wrong side and attention that looks at it."""
     rows = ragged_rows(tiny)
-    ids, mask, lengths, _ = sft.batch(tiny, rows)
+    ids, mask, _ = sft.batch(tiny, rows)
     with torch.no_grad():
-        together, _ = sft.token_logprobs(tiny, sft.trunk(tiny, ids, lengths), ids, mask)
+        together, _ = sft.token_logprobs(tiny, sft.trunk(tiny, ids), ids, mask)
         alone = []
         for row in rows:
-            ids, mask, lengths, _ = sft.batch(tiny, [row])
-            alone.append(sft.token_logprobs(tiny, sft.trunk(tiny, ids, lengths), ids, mask)[0])
+            ids, mask, _ = sft.batch(tiny, [row])
+            alone.append(sft.token_logprobs(tiny, sft.trunk(tiny, ids), ids, mask)[0])
     assert (together - torch.cat(alone)).abs().max() < 1e-5
 
 
 def test_banned_tokens_have_no_probability(tiny):
     """Catches 0 * log 0 = NaN, in the entropy or in its gradient, where a token is banned."""
-    ids, mask, lengths, _ = sft.batch(tiny, ragged_rows(tiny, 3))
+    ids, mask, _ = sft.batch(tiny, ragged_rows(tiny, 3))
     allowed = int(ids[0][mask[0].bool()][0])
     tiny.banned = [token for token in (3, 5, 7, 400) if token not in ids.tolist()[0]]
-    hidden = sft.trunk(tiny, ids, lengths)
+    hidden = sft.trunk(tiny, ids)
     found, entropy = sft.token_logprobs(tiny, hidden, ids, mask)
     (entropy.sum() + found[:1].sum()).backward()
     assert torch.isfinite(entropy).all() and torch.isfinite(gradients(tiny)).all()
