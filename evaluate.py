@@ -249,7 +249,7 @@ class SlotLayer(DynamicLayer):
     """Keys, values (B, heads, room, size) of a layer. Reader.step sets room, where and used."""
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Attention calls it: put (B, heads, W, size) at `where` (B, W); return what is in use."""
+        """Attention calls it: kept[b, :, where[b, w]] = new[b, :, w]. Returns the slots in use."""
         kept = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
             old = new[:, :, :0] if old is None else old

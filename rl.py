@@ -85,7 +85,7 @@ def conversations(episodes):
 
     In a walk a new position begins a new conversation, and the number of the try runs on:
 
-        stop on the rail        1             2        3
+        position                1             2        3
         tries                   wrong right   right    wrong wrong
         rows                    (e,0) (e,1)   (e,2)    (e,3) (e,4)
 
@@ -138,7 +138,7 @@ def score(backbone, head, rows, temperature, value_trunk=False):
     hidden = trunk(backbone, ids, pictures)                                  # (rows, T, H)
     logprobs, entropy = token_logprobs(backbone, hidden, ids, mask, temperature)
     # A causal model's hidden state at position t knows tokens 0..t and nothing later. So the states
-    # before ALL answers of an episode lie in this one pass, and V of try k cannot peek at answer k.
+    # before ALL answers of a row lie in this one pass, and V of try k cannot peek at answer k.
     at = [(i, before) for i, r in enumerate(rows) for before in r["value_at"]]
     row, before = torch.tensor(at, device=backbone.device).T
     state = hidden[row, before].float()                                      # (tries, H)
@@ -210,8 +210,8 @@ def normalised(advantages):
 def add_advantages(rows, episodes, gamma, lam):
     """Fill in "advantages" (normalised over the batch) and "returns" of every row, one a try.
 
-    Returns True; False, with advantages of 0, where rewards tell nothing: several episodes had the
-    same ones, or all tries had. Normalising would teach V's errors (V = 0: late tries are good).
+    Returns True; False, with advantages of 0, where rewards tell nothing: every one of several
+    episodes had the same list, or every try the same reward. Normalised, V's errors would be all.
     """
     # An episode may lie in several rows. What follows the last try at a position is V of the next
     # position, read in ANOTHER row: forgetting the words ends a conversation, not the episode.
@@ -331,8 +331,8 @@ def rate_scale(update, updates, steps_done, warmup):
     """What the learning rates are multiplied with at one optimiser step, in 0..1.
 
     Warm-up: Adam's first steps move each weight by about lr, however small its gradient; without it
-    the first update moved the policy further (approx_kl 0.13) than any of the next ten. Times a
-    cosine over the updates, as in the paper. steps_done: optimiser steps before this one, in all.
+    the first update moved the policy further than any of the next ten. Times a cosine over the
+    updates, as in the paper. steps_done: optimiser steps before this one, in all.
     """
     cosine = 0.5 * (1 + math.cos(math.pi * update / updates))
     return cosine * min(1.0, (steps_done + 1) / warmup)
@@ -451,7 +451,7 @@ class Policy:
         """FLOPs so far: by the paper's formula (README eq. 6) and really spent (eq. 7).
 
         The paper charges 2 N * 6 * D_RL for sampling (V-IRL: 5.1), as if every new token read the
-        whole conversation again; with a cache the sampler reads each token once, scoring once.
+        whole conversation again; a cached sampler reads each token once, and scoring once more.
         """
         size = task_parameters(self.backbone.model, pictured(self.args.task))           # N
         counts, again = self.counts, 5.1 if self.args.task.startswith("virl") else 6
@@ -635,7 +635,7 @@ def flags(argv=None):
             ("tries", int, gp_env.TRIES, "answers a hand, or a position (paper: 5; V-IRL: 2)"),
             ("temperature", float, 0.6, "of sampling and of the ratio (paper: 0.2)"),
             ("lr", float, 3e-4, "peak learning rate of the policy (paper: 1e-6 at 11B)"),
-            ("warmup", int, 16, "optimiser steps over which both learning rates rise (paper: 1)"),
+            ("warmup", int, 16, "optimiser steps over which both rates rise (paper: 1, no rise)"),
             ("value-lr", float, 3e-3, "learning rate of the value head (paper: the same as --lr)"),
             ("epochs", int, 2, "passes over the batch an update (paper: 4)"),
             ("minibatch", int, 32, "conversations an optimiser step (paper: 1,024 tries)"),

@@ -1,8 +1,8 @@
 """Stage 1, supervised fine-tuning: show the model expert answers until it knows the format.
 
 Paper: arXiv 2501.17161, section 5 and appendix C.1. SFT is both the START of RL (a short run) and
-its RIVAL (a second, longer run from that start): "SFT memorises" is a statement about what happens
-when this file is left running.
+its RIVAL (a second, longer run from that start): "SFT memorises" is a statement about the second
+run, and it hangs on the learning rate.
 
   1. turn a conversation into token ids and a loss mask, segment by segment
   2. forward; log-probability of every answer token given all tokens before it
@@ -248,10 +248,8 @@ def sft_loss(backbone, rows, micro_batch, backward=True):
 
 
 def learning_mode(backbone, on):
-    """Train mode where activations are recomputed (Hugging Face has them in no other), else eval.
-
-    Eval mode even while learning: no dropout, so that PPO's ratios begin at 1.
-    """
+    """Eval mode, even while learning: without dropout PPO's ratios begin at 1. Train mode only
+    where activations are recomputed: Hugging Face does that in no other."""
     backbone.model.train(on and backbone.checkpointing)
 
 
@@ -338,8 +336,8 @@ def run_sft(args, folder, stop, backbone):
     ruled = {"rule": "varied"} if args.vary_rule else {}
 
     def draw(step):
-        """A batch of expert conversations. A run from START begins with START's own again."""
-        rng = np.random.default_rng([2, args.seed, step])   # 2; 3 below, 1 in RL: streams apart
+        """A batch of conversations. Steps count from 0: START's rival meets START's data again."""
+        rng = np.random.default_rng([2, args.seed, step])   # 1: RL, 2: SFT, 3: validation, apart
         made = [expert(rng, split=args.split, revise=args.revise, **options | ruled)
                 for _ in range(args.batch)]
         for first, *_ in made if args.drop_pictures else ():

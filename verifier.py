@@ -55,11 +55,11 @@ def _read_fields(text, names, needed, cut):
 
 
 def _cut_cards(name, piece):
-    """The words of a list; or a formula, up to a comma or the end of its quotes, line, object."""
+    """The words of a list; a formula: to its closing quote; unquoted, to a comma, } or line end."""
     if name != "formula":
         return re.findall("[A-Za-z0-9]+", piece.split("]", 1)[0])
     piece = piece.lstrip()
-    if piece[:1] in ("'", '"'):     # cut at a comma, "8*3=24, or 6*4" would be paid
+    if piece[:1] in ("'", '"'):     # a comma stays in: "8*3=24, or 6*4" is illegal
         return piece[1:].split(piece[0], 1)[0]
     return re.split(r"[\n},]", piece, maxsplit=1)[0]
 

@@ -274,7 +274,7 @@ def run_sft_loss(f, x):
 def run_draw(f, x):
     """Are tokens as frequent as they should be, is what is said of them true, who rolled the dice?
 
-    All rows have the same logits; the example knows log p of each token.
+    All rows have the same logits, so that tokens can be counted; the example knows log p of each.
     """
     torch, count = module("torch"), x["count"]
     logits, right = torch.tensor([x["logits"]] * count), torch.tensor(x["logprobs"])
@@ -282,6 +282,8 @@ def run_draw(f, x):
     generators = [torch.Generator().manual_seed(x["seed"]) for _ in range(2)]
     (token, said), (again, _) = (f(logits, x["temperature"], one) for one in generators)
     more, _ = f(logits, x["temperature"], generators[0])
+    sure = torch.eye(len(right)) * 99       # row i: token i, and no other
+    own, _ = f(sure, x["temperature"], generators[0])
     token = torch.as_tensor(token).reshape(count)
     said = torch.as_tensor(said).reshape(count)
     share, expected = token.bincount(minlength=len(right)) / count, right.exp()
@@ -292,6 +294,8 @@ def run_draw(f, x):
     surprise /= (expected * (1 - expected) / count + 1e-9).sqrt()
     return {"largest error of the log p that is returned": plain(error),
             "tokens are as frequent as their p": bool((surprise < 5).all()),
+            "each row follows its own logits":
+                plain(torch.as_tensor(own).reshape(-1)) == list(range(len(right))),
             "the same generator draws the same": plain(token) == plain(again.reshape(count)),
             "the generator goes on": (plain(token) != plain(more.reshape(count))
                                       or x["temperature"] == 0),

@@ -478,6 +478,8 @@ def draw(logits, temperature, generator=None):
     (0, "torch.multinomial(p, 1, generator=generator)", "p.argmax(-1, keepdim=True)"),
     (0, "[:, 0].log()", "[:, 0]"),
     (0, "temperature == 0", "False"),
+    (0, "torch.softmax(logits / temperature, -1)",
+     "torch.softmax(logits[:1].expand_as(logits) / temperature, -1)"),
     (1, "token = (logp.exp()", "token = (logits.softmax(-1)"),
     (2, "exponential_(generator=generator)", "exponential_()"),
     (0, "generator=generator", "generator=torch.Generator().manual_seed(0)"),
