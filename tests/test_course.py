@@ -691,13 +691,15 @@ def test_a_hunts_test_knows_its_bug(our_bench, tmp_path):
     name = next(name for name in map(str, range(1000))
                 if kit.chosen(name, mutants.HUNTS, "seed").says == "loses lambda")
     root = f"ROOT = {str(kit.ROOT)!r}\n"
+    # started by root, a test runs as nobody, who may be shut out of the folders above the source
+    shut = os.geteuid() == 0 and not all(f.stat().st_mode & 1 for f in kit.ROOT.parents)
     for text, points, words in ((LAMBDA, 6, "where it should pass: passes, passes"),
                                 (root + EVERYTHING, 0, "{'passed': 1.* should pass: fails, fails"),
                                 (root + PLACE, 0, "on the source: {'passed': 0")):
         (tmp_path / "test_hunt.py").write_text(text)
         _, test, by_hand = kit.grade_hunt(our_bench, tmp_path, "seed", name)
         assert test["score"] == points, test
-        assert re.search(words, test["output"].replace('"', "'")), test
+        assert (shut and EVERYTHING in text) or re.search(words, test["output"].replace('"', "'")), test
     assert by_hand["visibility"] == "hidden" and by_hand["max_score"] == 0
     assert "value_loss 18.6" in by_hand["output"]
 
