@@ -10,6 +10,7 @@ import ast
 import contextlib
 import itertools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -699,7 +700,8 @@ def test_a_hunts_test_knows_its_bug(our_bench, tmp_path):
         (tmp_path / "test_hunt.py").write_text(text)
         _, test, by_hand = kit.grade_hunt(our_bench, tmp_path, "seed", name)
         assert test["score"] == points, test
-        assert (shut and EVERYTHING in text) or re.search(words, test["output"].replace('"', "'")), test
+        said = test["output"].replace('"', "'")
+        assert re.search(words, said) or shut and EVERYTHING in text, test
     assert by_hand["visibility"] == "hidden" and by_hand["max_score"] == 0
     assert "value_loss 18.6" in by_hand["output"]
 
