@@ -313,8 +313,8 @@ MUTANTS = [
          'total = sum(sum(row["mask"]) for row in rows)', "total = len(rows)"),
         ("leaves the sum a sum", "a mean over tokens",
          'total = sum(sum(row["mask"]) for row in rows)', "total = 1"),
-        ("counts padding as tokens fed", "lengths", 'fed += sum(len(row["ids"]) for row in part)',
-         "fed += ids.numel()"),
+        ("counts padding as tokens fed", "padding is not fed",
+         'fed += sum(len(row["ids"]) for row in part)', "fed += ids.numel()"),
         ("forgets the gradient", "backward=True", "if backward:\n            loss.backward()",
          "if False:\n            loss.backward()"),
         ("always goes backward", "backward=False", [
