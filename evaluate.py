@@ -614,7 +614,7 @@ def evaluate_run(args, cells):
         return show_strip(args, found)
     how = {key: getattr(args, key) for key in (
         "hands", "tries", "temperature", "batch", "dtype", "max_new_tokens", "blindfold",
-        "picture_size", "announce", "routes", "other_routes")}
+        "picture_size", "announce", "routes")}
     path = folder / "eval.jsonl"
     rows = {row["step"]: row for row in sft.read_lines(path)}
     trained = {row["step"]: row for row in sft.read_lines(folder / "metrics.jsonl")}

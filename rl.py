@@ -45,6 +45,8 @@ from sft import (Problem, batch, by_length, checkpoints, load_state, pictured, s
 
 VALUE_COEF = 0.5            # weight of the value loss, beside the 1/2 in eq. 5 (paper: the same)
 MAX_GRAD_NORM = 1.0         # of the policy and of the critic, each
+WARMUP = 16                 # optimiser steps over which both rates rise (paper: none)
+EVAL_EVERY = 7              # updates between short evaluations
 
 # -------- 1. Collect
 
@@ -318,9 +320,8 @@ def minibatch_loss(backbone, head, micro, args, tokens, tries):
                                         advantages, args.clip)
     policy = policy / actions       # a mean over actions; the critic's is one over tries
     critic = value_loss(values, old_values, returns, args.value_clip) / tries
-    # Minimised: the surrogate enters with a minus already, the entropy bonus is subtracted.
-    loss = policy + VALUE_COEF * critic - args.entropy_coef * entropy.sum() / actions
-    return loss, {
+    # No entropy bonus: the released code sets 0.01 and leaves it out of its loss, too.
+    return policy + VALUE_COEF * critic, {
         "policy_loss": policy.item(), "value_loss": critic.item(),
         "entropy": entropy.sum().item() / tokens,
         "approx_kl": (log_ratio.exp() - 1 - log_ratio).sum().item() / actions,
@@ -367,7 +368,7 @@ def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True)
                  for group in (policy_weights, critic_weights)]
         for parameter in policy_weights if not learn_policy else ():
             parameter.grad = None           # Adam would go on by its momentum
-        scale = rate_scale(update, args.updates, done + len(log), args.warmup)
+        scale = rate_scale(update, args.updates, done + len(log), 1 if args.preset else WARMUP)
         for group, peak in zip(optimizer.param_groups, (args.lr, args.value_lr)):
             group["lr"] = peak * scale
         skipped += not sft.take_step(optimizer, norms)
@@ -406,7 +407,7 @@ def run(args):
         policy.metrics.write(row)
         tqdm.write(one_line(row, can_learn))
         last = update + 1 == args.updates
-        if last or (update + 1) % args.eval_every == 0:
+        if last or (update + 1) % EVAL_EVERY == 0:
             policy.measure(update + 1, args.eval_hands if last else max(1, args.eval_hands // 4))
         # The checkpoint comes last: killed at any moment before, the run goes on from the one of
         # the update before, drops what was written since, and writes the same again.
@@ -587,8 +588,8 @@ def inspect(args):
 def make_start(args):
     """The SFT start, kept in runs/ under a digest of all that decides it. Returns its path."""
     wanted = sft.flags(["--task", args.task] + ["--preset", args.preset] * bool(args.preset))
-    for name in ("seed", "model", "split", "routes", "other_routes", "picture_size", "announce",
-                 "dtype", "freeze", "ood", "grad_checkpoint", "revise"):
+    for name in ("seed", "model", "split", "routes", "picture_size", "announce", "dtype",
+                 "freeze", "ood", "grad_checkpoint", "revise"):
         setattr(wanted, name, getattr(args, name))
     step, digest = sft.start_step(wanted), sft.content_digest(wanted)
     folder = pathlib.Path("runs") / f"start-{args.task}-s{args.seed}-{digest}"
@@ -611,9 +612,9 @@ WALKS = {"tries": virl_env.TRIES, "updates": 10, "episodes": 64, "minibatch": 96
 DEFAULTS = {"gp-vl": {"updates": 12, "lr": 1e-4}, "virl-l": WALKS, "virl-vl": WALKS}
 # --preset paper (appendix C.2, launch scripts): 2,048 tries an update, 1,024 an optimiser step
 PAPER = {"updates": 20, "episodes": 500, "tries": 5, "minibatch": 250, "temperature": 0.2,
-         "max_new_tokens": 512, "lr": 1e-6, "value_lr": 1e-6, "warmup": 1, "epochs": 4, "clip": 0.1,
-         "value_clip": 0.1, "value_trunk": True, "ratio": "answer", "eval_hands": 234,
-         "sample_batch": 64, "micro_batch": 4} | sft.LARGE
+         "max_new_tokens": 512, "lr": 1e-6, "value_lr": 1e-6, "epochs": 4, "clip": 0.1, "value_clip": 0.1,
+         "value_trunk": True, "ratio": "answer", "eval_hands": 234, "sample_batch": 64,
+         "micro_batch": 4} | sft.LARGE
 PRESETS = {task: dict(PAPER) for task in sft.TASKS}
 PRESETS["gp-vl"] |= {"micro_batch": 2, "picture_size": "1200x1200"}
 for walks in ("virl-l", "virl-vl"):
@@ -635,7 +636,6 @@ def flags(argv=None):
             ("tries", int, gp_env.TRIES, "answers a hand, or a position (paper: 5; V-IRL: 2)"),
             ("temperature", float, 0.6, "of sampling and of the ratio (paper: 0.2)"),
             ("lr", float, 3e-4, "peak learning rate of the policy (paper: 1e-6 at 11B)"),
-            ("warmup", int, 16, "optimiser steps over which both rates rise (paper: 1, no rise)"),
             ("value-lr", float, 3e-3, "learning rate of the value head (paper: the same as --lr)"),
             ("epochs", int, 2, "passes over the batch an update (paper: 4)"),
             ("minibatch", int, 32, "conversations an optimiser step (paper: 1,024 tries)"),
@@ -643,11 +643,9 @@ def flags(argv=None):
             ("sample-batch", int, 0, "episodes played at once, 0 = all: memory; changes the draws"),
             ("clip", float, 0.2, "clip range of the ratio (paper: 0.1)"),
             ("value-clip", float, 1.0, "clip range of the value, in units of reward (paper: 0.1)"),
-            ("entropy-coef", float, 0.0, "weight of the entropy bonus (paper: 0.01, unused)"),
             ("gamma", float, 0.9, "discount for each try (paper: 0.9)"),
             ("lam", float, 0.95, "lambda of GAE (paper: 0.95)"),
-            ("eval-hands", int, 200, "hands or walks a cell at both ends"),
-            ("eval-every", int, 7, "updates between short evaluations")):
+            ("eval-hands", int, 200, "hands or walks a cell at both ends; between, a quarter")):
         key = name.replace("-", "_")
         others = [f", {task} {its[key]}" for task, its in DEFAULTS.items() if key in its]
         add(f"--{name}", type=kind, default=default, help=f"{text}; {default}{''.join(others)}")

@@ -398,7 +398,8 @@ def picture_options(args):
 
 def places(args):
     """V-IRL: (where training walks, [where the visual OOD is measured])."""
-    return args.routes or TRAINING_CITY, [args.other_routes] if args.other_routes else OTHER_CITIES
+    training, *others = args.routes or [TRAINING_CITY]
+    return training, others or OTHER_CITIES
 
 
 def pictured(task):
@@ -995,8 +996,8 @@ def common_flags(parser):
     add("--model", help="folder or hub name of a chat model (default: the small backbone)")
     add("--picture-size", metavar="WxH", help="-vl: pixels (default 128x64; paper: 1200x1200)")
     add("--announce", action=yes_or_no, default=True, help="virl-vl: tell intersections in words")
-    add("--routes", metavar="FOLDER", help="V-IRL: routes in the paper's released format")
-    add("--other-routes", metavar="FOLDER", help="V-IRL: routes of the visual OOD, the same format")
+    add("--routes", nargs="+", metavar="FOLDER",
+        help="V-IRL: routes in the paper's released format, and those of the visual OOD")
     add("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
     add("--out", help="run folder (default runs/...); evaluate.py: JSON file for the results")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
@@ -1024,8 +1025,7 @@ def parse_flags(parser, task_defaults, presets, argv=None):
     if not presets and (run / "args.json").exists():
         trained = json.loads((run / "args.json").read_text())
         trained["splits"] = ["all"] if trained.get("split") == "all" else ["train", "test"]
-        same = ("task", "routes", "other_routes", "picture_size", "announce", "dtype",
-                "max_new_tokens", "splits")
+        same = ("task", "routes", "picture_size", "announce", "dtype", "max_new_tokens", "splits")
         parser.set_defaults(**{key: trained[key] for key in same if key in trained})
         first = parser.parse_known_args(argv)[0]
     parser.set_defaults(**task_defaults.get(first.task, {}))
@@ -1046,11 +1046,11 @@ def parse_flags(parser, task_defaults, presets, argv=None):
             "--blindfold": pictured(args.task) or not getattr(args, "blindfold", False),
             "--vary-rule": args.task.startswith("gp") or not getattr(args, "vary_rule", False),
             "--drop-pictures": pictured(args.task) or not getattr(args, "drop_pictures", False),
-            "--routes": args.task.startswith("virl") or not (args.routes or args.other_routes)}
+            "--routes": args.task.startswith("virl") or not args.routes}
     for flag in (flag for flag, fine in fits.items() if not fine):
         raise Problem(f"{flag} is for another task than {args.task}: see --task")
     # now, not when a missing panorama comes by, after hours
-    for folder in filter(None, (args.routes, args.other_routes)):
+    for folder in args.routes or ():
         virl_env.open_atlas(folder, pictured(args.task))
     args.model = args.model or str(DEFAULT_MODEL[args.task])
     if args.threads:
@@ -1076,7 +1076,7 @@ def open_backbone(args, name=None):
 def content_digest(args):
     """Eight hex digits of all that decides a run: its flags, the model's files, this code."""
     files = [HERE / f"{name}.py" for name in ("verifier", "gp_env", "virl_env", "sft")]
-    for folder in filter(None, (HERE / "cities", args.model, args.routes)):
+    for folder in (HERE / "cities", args.model, *(args.routes or ())):
         files += sorted(filter(pathlib.Path.is_file, pathlib.Path(folder).glob("*.*")))
     settings = {k: str(v) for k, v in vars(args).items() if k not in (*FREE, "ood", "model")}
     seen = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

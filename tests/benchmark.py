@@ -235,7 +235,7 @@ def dry_rl(backbone, args):
     fed = cost["tokens trained"]
     # evaluations are sampling: at both ends and between, one seen cell more, each game played twice
     cells = 1 + len(evaluate.CURVE_CELLS[args.task]) if args.ood else 2
-    hands = args.eval_hands * (2 + args.updates / args.eval_every / 4) * 2 * cells
+    hands = args.eval_hands * (2 + args.updates / rl.EVAL_EVERY / 4) * 2 * cells
     # an example of the SFT start is a conversation of one try
     examples = 0 if args.init else sft.start_step(args) * (128 if args.preset else 64)
     report_costs(

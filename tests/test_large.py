@@ -486,7 +486,7 @@ def test_cached_update_against_the_naive_loop(tiny, capsys):
 
 FLAGS = ["--model", "model", "--dtype", "bfloat16", "--init", "model", "--updates", 2,
          "--episodes", 4, "--max-new-tokens", 4, "--minibatch", 2, "--eval-hands", 2,
-         "--eval-every", 2, "--sample-batch", 3]
+         "--sample-batch", 3]
 
 
 def test_bf16_run_resumed_is_the_same(tiny, tmp_path, monkeypatch, capsys):

@@ -506,7 +506,7 @@ def test_dropped_pictures_are_dropped_in_training_alone(at_work, monkeypatch, ca
 def test_rl_of_pictures_killed_and_resumed_is_the_same(at_work, monkeypatch, capsys):
     """Catches pictures that depend on what was drawn before, and a checkpoint that went blind."""
     flags = [*FLAGS, "--init", "model", "--updates", 2, "--episodes", 4, "--max-new-tokens", 2,
-             "--minibatch", 2, "--eval-hands", 2, "--eval-every", 2]
+             "--minibatch", 2, "--eval-hands", 2]
     with monkeypatch.context() as patch:
         copy_at(patch, "whole", "killed", rl, "collect", 2)
         code, error = command(patch, capsys, rl, *flags, "--out", "whole")

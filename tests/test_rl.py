@@ -44,8 +44,9 @@ from test_sft import (assert_one_line, check_loss_mean, check_mask, check_shift,
 def settings(**changes):
     """The flags of a small run: one epoch, one minibatch, no warm-up, unless said otherwise."""
     return argparse.Namespace(**vars(rl.flags([])) | {
-        "episodes": 6, "max_new_tokens": 6, "epochs": 1, "minibatch": 64, "warmup": 1, "lr": 1e-3,
-        "value_lr": 1e-3, "clip": 0.2, "value_clip": 1.0, "temperature": 0.6} | changes)
+        "episodes": 6, "max_new_tokens": 6, "epochs": 1, "minibatch": 64, "lr": 1e-3,
+        "value_lr": 1e-3, "clip": 0.2, "value_clip": 1.0, "temperature": 0.6,
+        "preset": "paper"} | changes)
 
 
 def wake(head):
@@ -441,7 +442,7 @@ def test_answer_lengths_are_read_off_the_mask(tiny):
 def check_minibatch_loss(minibatch_loss, backbone, ratio="token"):
     """The whole loss, written out over answers of unequal length, and cut in micro-batches."""
     backbone.end_ids = backbone.end_ids + list(range(60, 120))
-    args = settings(max_new_tokens=8, entropy_coef=0.01, ratio=ratio)
+    args = settings(max_new_tokens=8, ratio=ratio)
     head, rows, episodes = fresh_batch(backbone, args)
     move_policy(backbone)
     wake(head)[4].bias.data += 0.2
@@ -466,7 +467,7 @@ def check_minibatch_loss(minibatch_loss, backbone, ratio="token"):
             critic += 0.5 * max((values[k].item() - target) ** 2, (clipped - target) ** 2)
     actions = tokens if ratio == "token" else tries
     policy /= actions
-    expected = policy + 0.5 * critic / tries - 0.01 * surprise / actions
+    expected = policy + 0.5 * critic / tries
 
     parts, wholes = {}, {}
     for micro_batch in (64, 1, 2):
@@ -601,9 +602,10 @@ def test_update_counts_tokens_and_epochs(tiny):
     assert numbers["skipped"] == 0
 
 
-def test_learning_rates_by_hand(tiny):
+def test_learning_rates_by_hand(tiny, monkeypatch):
     """Catches a warm-up that begins again with every update, and rates a resume would not find."""
-    args = settings(minibatch=2, warmup=8, lr=0.008, value_lr=0.08, updates=4)
+    monkeypatch.setattr(rl, "WARMUP", 8)
+    args = settings(minibatch=2, preset=None, lr=0.008, value_lr=0.08, updates=4)
     head, rows, _ = fresh_batch(tiny, args)         # 5 rows: 3 optimiser steps an update
     optimizer = optimizer_of(tiny, head)
     for update, share in ((0, 3 / 8),
@@ -710,7 +712,7 @@ def test_self_check_claims_only_what_it_checked(tiny):
 # ------------------------------------------------------------------------------------------------
 
 FLAGS = ["--updates", 3, "--episodes", 4, "--tries", 3, "--max-new-tokens", 3, "--epochs", 2,
-         "--minibatch", 2, "--eval-hands", 4, "--eval-every", 2, "--lr", 1e-3]
+         "--minibatch", 2, "--eval-hands", 4, "--lr", 1e-3]
 
 
 @pytest.fixture
@@ -719,6 +721,7 @@ def rigged(model, tmp_path, monkeypatch):
     shutil.copytree(model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gp_env, "GeneralPoints", Rigged)
+    monkeypatch.setattr(rl, "EVAL_EVERY", 2)
     return tmp_path
 
 
@@ -772,6 +775,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(rigged, monkeypatch, capsys)
 TWO_RUNS = """
 import os, sys
 import rl, sft, test_sft
+rl.EVAL_EVERY = 2
 if os.fork():
     test_sft.stop_at(rl, "evaluate", 4)
     sys.exit(sft.guarded(rl.main))
@@ -785,6 +789,7 @@ def test_sigkill_and_resume_in_processes_of_their_own(model, tmp_path, monkeypat
     buffers lost, a run folder that is still taken; and two runs that write into one folder."""
     shutil.copytree(model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rl, "EVAL_EVERY", 2)
     here = pathlib.Path(__file__).parent
     flags = ["--model", "model", "--init", "model", *map(str, FLAGS), "--out", "killed"]
     process = subprocess.Popen(
@@ -1017,7 +1022,6 @@ def test_a_model_that_is_too_short_is_refused_before_anything_is_trained(tiny, t
     (["--minibatch", "0"], ["--minibatch"]),
     (["--epochs", "0"], ["--epochs"]),
     (["--eval-hands", "0"], ["--eval-hands"]),
-    (["--eval-every", "0"], ["--eval-every"]),
     (["--gamma", "-0.1"], ["--gamma"]),
     (["--seed", str(2 ** 63)], ["--seed"]),
     (["--out", "model/config.json"], ["config.json"]),

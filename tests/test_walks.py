@@ -172,7 +172,7 @@ def test_advantages_run_through_all_positions_of_a_walk():
 
 def test_training_walks_no_held_out_route(walker, folder):
     """Catches test routes, the relative rule, or rails that go on, in what is learnt from."""
-    args = settings(task="virl-l", routes=folder, episodes=20, tries=1, max_new_tokens=1)
+    args = settings(task="virl-l", routes=[folder], episodes=20, tries=1, max_new_tokens=1)
     for update in range(2):
         episodes = rl.collect(walker, args, update)
         assert all(rl.in_training(episode.env) for episode in episodes)
@@ -275,10 +275,9 @@ def test_cells_of_walks_are_what_they_say():
 # The three scripts
 # ------------------------------------------------------------------------------------------------
 
-FLAGS = ["--task", "virl-l", "--model", "model", "--routes", "town", "--other-routes", "town",
-         "--ood"]
+FLAGS = ["--task", "virl-l", "--model", "model", "--routes", "town", "town", "--ood"]
 SHORT = ["--init", "model", "--updates", 3, "--episodes", 4, "--max-new-tokens", 1, "--epochs", 2,
-         "--minibatch", 8, "--eval-hands", 1, "--eval-every", 9, "--lr", 1e-3]
+         "--minibatch", 8, "--eval-hands", 1, "--lr", 1e-3]
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +332,7 @@ def test_every_script_walks(at_work, monkeypatch, capsys, task):
         assert {"loss", "id_nll"} <= set(rows_of(at_work / "run" / "metrics.jsonl")[-1])
     else:
         (at_work / "run").mkdir()
-        (at_work / "run" / "args.json").write_text('{"task": "virl-l", "routes": "town"}')
+        (at_work / "run" / "args.json").write_text('{"task": "virl-l", "routes": ["town"]}')
         os.symlink(at_work / "model", at_work / "run" / "step-000002")
     cells = ["id", "ood", "visual", "both", "fake"] if task == "virl-l" else ["id", "both"]
     code, out, error = shown(
@@ -382,7 +381,7 @@ def test_sft_of_walks_killed_and_resumed_is_the_same(at_work, monkeypatch, capsy
 @pytest.mark.parametrize("flags, words", [
     (["--task", "gp-l", "--routes", "town"], ["--routes", "gp-l"]),
     (["--routes", "nowhere"], ["nowhere"]),
-    (["--other-routes", "nowhere"], ["nowhere"]),
+    (["--routes", "town", "nowhere"], ["nowhere"]),
     (["--routes", "broken"], ["broken/route_infos.json", "JSON"]),
     (["--task", "virl-vl", "--routes", "blind"], ["blind/street_views"]),
     (["--routes", "small"], ["too few", "--splits all"]),
