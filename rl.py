@@ -612,9 +612,9 @@ WALKS = {"tries": virl_env.TRIES, "updates": 10, "episodes": 64, "minibatch": 96
 DEFAULTS = {"gp-vl": {"updates": 12, "lr": 1e-4}, "virl-l": WALKS, "virl-vl": WALKS}
 # --preset paper (appendix C.2, launch scripts): 2,048 tries an update, 1,024 an optimiser step
 PAPER = {"updates": 20, "episodes": 500, "tries": 5, "minibatch": 250, "temperature": 0.2,
-         "max_new_tokens": 512, "lr": 1e-6, "value_lr": 1e-6, "epochs": 4, "clip": 0.1, "value_clip": 0.1,
-         "value_trunk": True, "ratio": "answer", "eval_hands": 234, "sample_batch": 64,
-         "micro_batch": 4} | sft.LARGE
+         "max_new_tokens": 512, "lr": 1e-6, "value_lr": 1e-6, "epochs": 4, "clip": 0.1,
+         "value_clip": 0.1, "value_trunk": True, "ratio": "answer", "eval_hands": 234,
+         "sample_batch": 64, "micro_batch": 4} | sft.LARGE
 PRESETS = {task: dict(PAPER) for task in sft.TASKS}
 PRESETS["gp-vl"] |= {"micro_batch": 2, "picture_size": "1200x1200"}
 for walks in ("virl-l", "virl-vl"):
