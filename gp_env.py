@@ -26,7 +26,7 @@ import functools
 import itertools
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -293,37 +293,23 @@ class GeneralPoints:
         return {"text": text, "image": self.image if new else None, "new_conversation": new}
 
 
-def misread_one(rng, hand):
-    """(index of a card, the number it is read as): a random one, perhaps the right one."""
-    at = int(rng.integers(4))
-    low, high = (10, 14) if hand.cards[at] in "JQK" else (1, 11)
-    return at, int(rng.integers(low, high))
-
-
 def failed_try(text, verdict):
     """Two turns of a conversation: a wrong answer, from which nobody should learn; the message."""
     return [{"role": "assistant", "content": text, "learn": False},
             {"role": "user", "content": RETRY.format(message=verdict.message), "learn": False}]
 
 
-def _wrong_tries(rng, hand, pictured):
-    """One to four random formulas with a wrong value or wrong numbers, about three in ten over a
-    misread card (in text: with a false number), and what the verifier says to each."""
+def _wrong_tries(rng, hand):
+    """One to four random formulas with a wrong value or wrong numbers, about three in ten with a
+    false number, and what the verifier says to each."""
     count, turns = int(rng.integers(1, 5)), []
     while len(turns) < 2 * count:
-        seen, numbers = hand, hand.numbers
-        if rng.random() < 0.3:
-            at, number = misread_one(rng, hand)
-            if pictured:
-                cards = [*hand.cards]
-                cards[at] = RANKS[number - 1]       # 1 to 13 are A to K
-                seen = replace(hand, cards=tuple(cards))
-                numbers = seen.numbers
-            else:               # 1..10 only: "11 not in the hand" would teach against the test rule
-                numbers[at] = int(rng.integers(1, 11))
+        numbers = hand.numbers
+        if rng.random() < 0.3:      # 1..10: "11 not in the hand" would teach against the test rule
+            numbers[rng.integers(4)] = int(rng.integers(1, 11))
         formula = write(rng.permutation(numbers), rng.integers(4, size=3), rng.integers(SHAPES))
-        text = answer(seen, numbers, formula)
-        verdict = verify_gp(text, hand.cards, hand.numbers, hand.target, picture=pictured)
+        text = answer(hand, numbers, formula)
+        verdict = verify_gp(text, hand.cards, hand.numbers, hand.target)
         if verdict.kind in ("wrong value", "wrong numbers"):
             turns += failed_try(text, verdict)
     return turns
@@ -334,8 +320,8 @@ def expert_conversation(rng, picture=None, revise=0.0, **how):
 
     Returns a list of turns {"role", "content", "learn"}: the loss falls on turns with learn=True.
     picture: the first turn shows the cards as its "image", (width, height) pixels. revise: how
-    likely wrong tries come first (the paper's Fig. 15). how: as in `deal`; rule="varied" draws
-    J, Q, K from 10..13, but never the test rule (arXiv 2510.00237).
+    likely wrong tries come first (the paper's Fig. 15; in words). how: as in `deal`; rule="varied"
+    draws J, Q, K from 10..13, but never the test rule (arXiv 2510.00237).
     """
     if how.get("rule") == "varied":
         how["rule"] = RULES["face"]
@@ -348,7 +334,7 @@ def expert_conversation(rng, picture=None, revise=0.0, **how):
     if picture:
         turns[0]["image"] = draw_hand(hand, int(rng.integers(2**31)), picture)
     if revise and rng.random() < revise:
-        turns += _wrong_tries(rng, hand, bool(picture))
+        turns += _wrong_tries(rng, hand)
     right = answer(hand, hand.numbers, formula)
     return turns + [{"role": "assistant", "content": right, "learn": True}]
 

@@ -344,7 +344,7 @@ def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True)
     sft.learning_mode(backbone, True)
     # Optimiser steps of all earlier updates; an estimate on walks, whose rows vary in number.
     done = update * args.epochs * math.ceil(len(rows) / args.minibatch)
-    log, fed, skipped, parts = [], 0, 0, []
+    log, fed, parts = [], 0, []
     shuffler = seeded(args.seed, update, 3)
     for _ in range(args.epochs):
         # Whole conversations are shuffled, not tries: the tries of one share a forward pass. From
@@ -371,10 +371,10 @@ def ppo_update(backbone, head, optimizer, rows, args, update, learn_policy=True)
         scale = rate_scale(update, args.updates, done + len(log), 1 if args.preset else WARMUP)
         for group, peak in zip(optimizer.param_groups, (args.lr, args.value_lr)):
             group["lr"] = peak * scale
-        skipped += not sft.take_step(optimizer, norms)
+        sft.take_step(optimizer, norms)
         log.append(total | {"grad_norm": norms[0].item(), "value_grad_norm": norms[1].item()})
     mean = {k: sum(x[k] for x in log) / len(log) for k in log[0]}
-    return mean | {"skipped": skipped, "tokens_trained": fed}
+    return mean | {"tokens_trained": fed}
 
 
 # -------- 5. The loop
@@ -616,11 +616,11 @@ PAPER = {"updates": 20, "episodes": 500, "tries": 5, "minibatch": 250, "temperat
          "value_clip": 0.1, "value_trunk": True, "ratio": "answer", "eval_hands": 234,
          "sample_batch": 64, "micro_batch": 4} | sft.LARGE
 PRESETS = {task: dict(PAPER) for task in sft.TASKS}
-PRESETS["gp-vl"] |= {"micro_batch": 2, "picture_size": "1200x1200"}
+PRESETS["gp-vl"] |= {"micro_batch": 2, "picture_size": [1200, 1200]}
 for walks in ("virl-l", "virl-vl"):
     PRESETS[walks] |= {"updates": 15, "episodes": 160, "tries": 2, "minibatch": 880,
                        "eval_hands": 48}
-PRESETS["virl-vl"] |= {"lr": 1e-7, "value_lr": 1e-7, "micro_batch": 2, "picture_size": "1200x1200"}
+PRESETS["virl-vl"] |= {"lr": 1e-7, "value_lr": 1e-7, "micro_batch": 2, "picture_size": [1200, 1200]}
 
 
 def flags(argv=None):

@@ -268,14 +268,11 @@ def adamw(groups, betas, **more):
 
 
 def take_step(optimizer, norms):
-    """Take an optimiser step if all its gradients' norms are finite. Returns whether it did."""
-    fine = all(map(torch.isfinite, norms))
-    if fine:
-        optimizer.step()
-    else:
-        tqdm.write("a gradient is not finite: this step is not taken (lower --lr if it goes on)")
+    """Take an optimiser step. norms: of its gradients. Raises Problem if one is not finite."""
+    if not all(map(torch.isfinite, norms)):
+        raise Problem("a gradient is not finite: lower --lr, and give another --out")
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return fine
 
 
 # -------- 4. The loop, and what it is given for a task
@@ -333,13 +330,13 @@ def run_sft(args, folder, stop, backbone):
     freeze(backbone.model, args.freeze)
     options, name = game_options(args), args.task.split("-")[0]
     expert = ENVIRONMENTS[name].expert_conversation
-    ruled = {"rule": "varied"} if args.vary_rule else {}
+    more = {"revise": args.revise} if args.revise else {}
+    more |= {"rule": "varied"} if args.vary_rule else {}
 
     def draw(step):
         """A batch of conversations. Steps count from 0: START's rival meets START's data again."""
         rng = np.random.default_rng([2, args.seed, step])   # 1: RL, 2: SFT, 3: validation, apart
-        made = [expert(rng, split=args.split, revise=args.revise, **options | ruled)
-                for _ in range(args.batch)]
+        made = [expert(rng, split=args.split, **options | more) for _ in range(args.batch)]
         for first, *_ in made if args.drop_pictures else ():
             first.pop("image", None)    # the words that speak of a picture stay
         return made
@@ -391,9 +388,10 @@ def game_options(args):
 
 def picture_options(args):
     """How a task shows its pictures: arguments of its environment, none for a task in words."""
+    size = tuple(args.picture_size or gp_env.PICTURE_SIZE)
     if args.task == "virl-vl":
-        return {"picture": picture_size(args.picture_size), "announce": args.announce}
-    return {"picture": picture_size(args.picture_size)} if pictured(args.task) else {}
+        return {"picture": size, "announce": args.announce}
+    return {"picture": size} if pictured(args.task) else {}
 
 
 def places(args):
@@ -689,7 +687,7 @@ def answer_length(backbone, args, tries=1):
     --max-new-tokens overrules it. Raises Problem if a conversation does not fit into the model.
     """
     name, rng = args.task.split("-")[0], np.random.default_rng(0)
-    options = game_options(args) | {"split": "all", "revise": getattr(args, "revise", 0.0)}
+    options = game_options(args) | {"split": "all"}
     rows = [encode(backbone, ENVIRONMENTS[name].expert_conversation(rng, **options | rule))
             for _ in range(32) for rule in ({}, OTHER_RULE[name])]
     longest = max(sum(row["mask"]) for row in rows)        # its end token included
@@ -729,17 +727,6 @@ def picture_parameters(model):
     parts = ["vision", "multi_modal", "visual", "connector"]
     parts += [f"language_model.layers.{i}." for i in crossing_layers(model)]
     return {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
-
-
-def picture_size(text):
-    """"640x320" -> (640, 320), pixels; None -> gp_env.PICTURE_SIZE. Raises Problem."""
-    least = gp_env.PICTURE_SIZE
-    if text is None:
-        return least
-    size = tuple(int(side) if side.isdecimal() else 0 for side in text.lower().split("x"))
-    if len(size) == 2 and least[0] <= size[0] <= 4096 and least[1] <= size[1] <= 4096:
-        return size
-    raise Problem(f"--picture-size {text}: give WIDTHxHEIGHT, from 128x64 to 4096x4096")
 
 
 def load_processor(name, local, config):
@@ -955,7 +942,7 @@ LARGE = {"model": "meta-llama/Llama-3.2-11B-Vision-Instruct", "dtype": "bfloat16
          "grad_checkpoint": True}
 PAPER = LARGE | {"batch": 128, "steps": 6250, "save_every": 400, "lr": 1e-6, "micro_batch": 4}
 WALKS = {"steps": 400, "save_every": 25}
-SEEN = {"lr": 5e-7, "micro_batch": 2, "picture_size": "1200x1200"}
+SEEN = {"lr": 5e-7, "micro_batch": 2, "picture_size": [1200, 1200]}
 PRESETS = {"gp-l": PAPER, "gp-vl": PAPER | SEEN, "virl-l": PAPER | WALKS,
            "virl-vl": PAPER | WALKS | SEEN}
 
@@ -994,7 +981,8 @@ def common_flags(parser):
     add("--task", choices=TASKS, default="gp-l", help="default gp-l")
     add("--ood", action=yes_or_no, default=False, help="also measure what was not trained on")
     add("--model", help="folder or hub name of a chat model (default: the small backbone)")
-    add("--picture-size", metavar="WxH", help="-vl: pixels (default 128x64; paper: 1200x1200)")
+    add("--picture-size", type=int, nargs=2, metavar=("W", "H"),
+        help="-vl: pixels (default 128 64; paper: 1200 1200)")
     add("--announce", action=yes_or_no, default=True, help="virl-vl: tell intersections in words")
     add("--routes", nargs="+", metavar="FOLDER",
         help="V-IRL: routes in the paper's released format, and those of the visual OOD")
@@ -1014,7 +1002,7 @@ def training_flags(parser):
     add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
         help="recompute activations: less memory, more time, the same result")
     add("--freeze", choices=("none", "vision", "adapter"), help="keeps its weights (Fig. 16)")
-    add("--revise", type=float, default=0.0, help="share of SFT examples with wrong tries; Fig. 15")
+    add("--revise", type=float, default=0.0, help="gp-l: share of SFT examples with wrong tries")
 
 
 def parse_flags(parser, task_defaults, presets, argv=None):
@@ -1039,11 +1027,14 @@ def parse_flags(parser, task_defaults, presets, argv=None):
         least = int(type(value) is int and parser.get_default(name) != 0)
         if isinstance(value, (int, float)) and not least <= value < 2 ** 31:   # refuses nan, too
             raise Problem(f"{flag} {value}: must be a number from {least} to 2**31")
-    picture_size(args.picture_size)
+    if not all(least <= side <= 4096
+               for least, side in zip(gp_env.PICTURE_SIZE, args.picture_size or ())):
+        raise Problem("--picture-size: give width and height, from 128 64 to 4096 4096")
     fits = {"--picture-size": pictured(args.task) or not args.picture_size,
             "--no-announce": args.task == "virl-vl" or args.announce,
             "--strip": args.task == "gp-l" or not getattr(args, "strip", None),
             "--blindfold": pictured(args.task) or not getattr(args, "blindfold", False),
+            "--revise": args.task == "gp-l" or not getattr(args, "revise", 0),
             "--vary-rule": args.task.startswith("gp") or not getattr(args, "vary_rule", False),
             "--drop-pictures": pictured(args.task) or not getattr(args, "drop_pictures", False),
             "--routes": args.task.startswith("virl") or not args.routes}
@@ -1108,7 +1099,8 @@ def main():
     print(f"SFT of {args.model} on {args.task}, seed {args.seed}, {args.steps} steps of "
           f"{args.batch} examples")
     backbone = open_backbone(args)
-    answer_length(backbone, args)       # says so if right answers would be cut off
+    # says so if right answers would be cut off
+    answer_length(backbone, args, gp_env.TRIES if args.revise else 1)
     folder = open_run(args.out or f"runs/sft-{args.task}-s{args.seed}", args, "sft")
     run_sft(args, folder, args.steps, backbone)
     print(f"done. Next, play every checkpoint:\n    python evaluate.py --run "

@@ -162,18 +162,15 @@ def write_steps(route, heading):
     return steps
 
 
-def write_space(vocabulary):
-    """The sentence that lists the legal actions. vocabulary: a key of VOCABULARIES."""
-    return SPACE.format(words=", ".join(VOCABULARIES[vocabulary]))
-
-
-def write_prompt(steps, space, past, position, picture, announce=True):
+def write_prompt(steps, vocabulary, past, position, picture, announce=True):
     """The first user turn at a position.
 
-    steps: from write_steps. space: from write_space. past: [(observation, action)] of the positions
-    before: what really was there and what the expert did, as in the paper. picture: the present is
-    in a picture and not told, but for the intersection (as in the paper; announce=False: nothing).
+    steps: from write_steps. vocabulary: a key of VOCABULARIES. past: [(observation, action)] of the
+    positions before: what really was there and what the expert did, as in the paper. picture: the
+    present is in a picture and not told, but for the intersection (as in the paper; announce=False:
+    nothing).
     """
+    space = SPACE.format(words=", ".join(VOCABULARIES[vocabulary]))
     seen = position.observation
     if picture:
         seen = PICTURE + (CROSSING if announce and seen.endswith(CROSSING) else "")
@@ -306,7 +303,7 @@ class Navigation:
         return {"text": text, "image": None, "new_conversation": False}
 
     def _arrive(self):
-        text = write_prompt(self.steps, write_space(self.vocabulary), self.past, self.position,
+        text = write_prompt(self.steps, self.vocabulary, self.past, self.position,
                             bool(self.picture), self.announce)
         return {"text": text, "image": self.look(self.position), "new_conversation": True}
 
@@ -317,17 +314,15 @@ class Navigation:
         return look_around(self.atlas, position.panorama, position.heading, self.picture)
 
 
-def expert_conversation(rng, revise=0.0, **how):
+def expert_conversation(rng, **how):
     """One expert example: a random position of a random walk, as turns like those of gp_env.py.
 
-    revise: how likely a wrong try and its message come first (Fig. 15). how: as in Navigation.
+    how: as in Navigation.
     """
     env = Navigation(**how)
     observation, _ = env.reset(int(rng.integers(2 ** 62)), position=float(rng.random()))
-    talk = [message("user", observation["text"], image=observation["image"])]
-    if revise and rng.random() < revise:
-        talk += wrong_try(rng, env)
-    return talk + [message("assistant", env.expert_answer(), learn=True)]
+    return [message("user", observation["text"], image=observation["image"]),
+            message("assistant", env.expert_answer(), learn=True)]
 
 
 def message(role, content, learn=False, image=None):
@@ -336,21 +331,6 @@ def message(role, content, learn=False, image=None):
     if image is not None:
         made["image"] = image
     return made
-
-
-def wrong_try(rng, env):
-    """Another legal action at env's position, three in ten with an observation from anywhere on the
-    rail, and what the verifier says to it: two turns, not learnt."""
-    here, words = env.position, VOCABULARIES[env.vocabulary]
-    legal = ["forward()", "stop()", *(f"turn_direction({word})" for word in words)]
-    legal.remove(env.expert_action())
-    action, seen = legal[rng.integers(len(legal))], here.observation
-    if rng.random() < 0.3:
-        seen = env.rail[rng.integers(len(env.rail))].observation
-    answer = write_answer(seen, env.steps[here.step].strip(), action)
-    verdict = verify_virl(answer, env.expert_action(), here.observation, words)
-    return [message("assistant", answer),
-            message("user", RETRY.format(message=verdict.message))]
 
 
 # -------- 4. Street views

@@ -18,8 +18,8 @@ import string
 import numpy as np
 
 from gp_env import (ANSWER, ASK, IN_PICTURE, ORDERS, PROMPT, RANKS, RETRY, RULES, SHAPES, SUITS,
-                    TARGET, Hand, calculate, combine, deal, draw_hand, failed_try, misread_one,
-                    solutions, solvable, split_of, write)
+                    TARGET, Hand, calculate, combine, deal, draw_hand, failed_try, solutions,
+                    solvable, split_of, write)
 from verifier import GP_MESSAGES, ILLEGAL_WHY, verify_gp
 
 # ------------------------------------------------------------------------------------------------
@@ -178,7 +178,8 @@ def _wrong_try(rng, hand, formula, notation, keys):
     """An answer that misses the target of the hand, and the verifier's message."""
     numbers = hand.numbers
     if rng.random() < 0.3:
-        at, number = misread_one(rng, hand)
+        at = int(rng.integers(4))               # a card, and what it is read as
+        number = int(rng.integers(10, 14) if hand.cards[at] in "JQK" else rng.integers(1, 11))
         formula = formula.replace(str(numbers[at]), str(number), 1)
         numbers[at] = number
     if rng.random() < 0.05:      # and sometimes a sign is lost

@@ -55,8 +55,9 @@ ARMS = {"sft": ("SFT", ((52, 104, 192), (20, 150, 150), (120, 80, 190), (110, 17
         "rl": ("RL", ((200, 60, 50), (225, 135, 30), (150, 40, 110)))}
 
 
-# Flags that came later, and where every run before them stood.
-LATER = {"advantage": "gae", "revise": 0.0, "vary_rule": False}
+# Flags that came later or are gone, and where every run without them stands.
+LATER = {"advantage": "gae", "revise": 0.0, "vary_rule": False,
+         "warmup": 16, "entropy_coef": 0.0, "other_routes": None}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -247,30 +247,29 @@ def test_expert_answers_are_strict_json_and_right(rule):
         assert verdict.cards_right and verdict.numbers_right
 
 
-@pytest.mark.parametrize("picture", [None, (128, 64)])
-def test_wrong_tries_come_before_the_experts_answer(picture):
+def test_wrong_tries_come_before_the_experts_answer():
     """A wrong try is learned, is right, or illegal; its message is of another hand or another try.
 
     The verifier is asked again, with the cards and the rule that the prompt states.
     """
-    rng, seen, misread = np.random.default_rng(12), Counter(), 0
+    rng, seen, wrong_numbers = np.random.default_rng(12), Counter(), 0
     for _ in range(200):
-        turns = expert_conversation(rng, picture, revise=0.75, rule="face", split="all")
+        turns = expert_conversation(rng, revise=0.75, rule="face", split="all")
         text = turns[0]["content"]
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
         assert [turn["learn"] for turn in turns] == [False] * (len(turns) - 1) + [True]
         seen[len(turns) // 2 - 1] += 1
         right = json.loads(turns[-1]["content"])
         hand = Hand(tuple(right["cards"]), SPADES, RULES["face"])
-        assert text == prompt(hand, pictured=bool(picture))
+        assert text == prompt(hand)
         for wrong, message in zip(turns[1:-1:2], turns[2:-1:2]):
-            verdict = verify_gp(wrong["content"], hand.cards, hand.numbers, picture=bool(picture))
+            verdict = verify_gp(wrong["content"], hand.cards, hand.numbers)
             assert verdict.kind in ("wrong value", "wrong numbers")
             assert message["content"] == f"Not right: {verdict.message}. Try again."
             assert list(json.loads(wrong["content"])) == ["cards", "number", "formula"]
-            misread += not (verdict.cards_right if picture else verdict.numbers_right)
+            wrong_numbers += not verdict.numbers_right
     assert set(seen) == {0, 1, 2, 3, 4} and 30 < seen[0] < 70       # a quarter, 3 deviations wide
-    assert 0.15 < misread / sum(count * tries for tries, count in seen.items()) < 0.35
+    assert 0.15 < wrong_numbers / sum(count * tries for tries, count in seen.items()) < 0.35
 
 
 def test_no_wrong_try_shows_the_numbers_of_the_test_rule():

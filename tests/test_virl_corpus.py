@@ -15,7 +15,7 @@ from backbones.virl_corpus import VOCABULARIES, all_words, backbone_conversation
 from cities.generate import CITIES, PLACE_KINDS, SIGHT, build_city
 from verifier import verify_virl
 from virl_env import (COMPASS, CROSSING, NOTHING, PICTURE, RULES, SIDES, bend, expert_conversation,
-                      lay_rail, open_atlas, right_action, split_routes, write_space, write_steps)
+                      lay_rail, open_atlas, right_action, split_routes, write_prompt, write_steps)
 
 SEEN = (128, 64)        # pixels, as the small backbone sees
 
@@ -56,9 +56,10 @@ def test_the_tasks_own_wording_is_among_those_of_the_corpus(vocabulary):
     route, (go, turn, stop) = open_atlas("wild-0").routes[0], virl_corpus.MOVES
     assert virl_corpus.tell_steps(route, 77, virl_corpus.TURN, *virl_corpus.ONS[0]) == \
         write_steps(route, 77)
-    assert virl_corpus.SPACES[0].format(go=go, turn=turn.format(x="x"), stop=stop, words=", ".join(
-        VOCABULARIES[vocabulary])) == write_space(vocabulary)
+    space = virl_corpus.SPACES[0].format(go=go, turn=turn.format(x="x"), stop=stop,
+                                         words=", ".join(VOCABULARIES[vocabulary]))
     for position in lay_rail(route, 77, np.random.default_rng(0)):
+        assert f"\n[Actions] {space}\n" in write_prompt([], vocabulary, [], position, False)
         assert virl_corpus.tell_action(route, position, vocabulary) == right_action(
             route, position, vocabulary)
 

@@ -615,29 +615,6 @@ def test_expert_conversations_and_walks_are_those_of_the_results():
         assert digest(walks) == expected
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_experts_revise_a_wrong_try(rule):
-    """A mistake is learnt, is none, or is judged otherwise than in the environment."""
-    rng, kinds, misread = np.random.default_rng(1), collections.Counter(), 0
-    plain = [expert_conversation(np.random.default_rng(s), rule=rule) for s in range(300)]
-    for s, (ask, right) in enumerate(plain):
-        talk = expert_conversation(np.random.default_rng(s), revise=1.0, rule=rule)
-        assert [turn["learn"] for turn in talk] == [False, False, False, True]
-        assert (talk[0], talk[3]) == (ask, right)
-        wrong, true = json.loads(talk[1]["content"]), json.loads(right["content"])
-        assert wrong["action"] != true["action"]
-        assert wrong["current instruction"] == true["current instruction"]
-        verdict = verify_virl(talk[1]["content"], true["action"], true["current observation"],
-                              VOCABULARIES[RULES[rule]])
-        assert not verdict.correct and verdict.action == wrong["action"]        # legal, and wrong
-        assert talk[2]["content"] == virl_env.RETRY.format(message=verdict.message)
-        misread += wrong["current observation"] != true["current observation"]
-        kinds[wrong["action"].split("(")[0]] += 1
-    assert 30 < misread < 95 and min(kinds.values()) > 10 and len(kinds) == 3
-    some = [len(expert_conversation(rng, revise=0.5)) for _ in range(100)]
-    assert set(some) == {2, 4} and 35 < some.count(4) < 65
-
-
 def test_an_intersection_can_be_kept_quiet():
     """--no-announce tells all the same, or changes what is there."""
     for seed in range(5):
