@@ -8,7 +8,7 @@ Paper: arXiv 2501.17161, section 5 (ID, rule OOD) and appendix C.3.
   4. on a GPU the reading of one token is recorded and played back
   5. count, with intervals
   6. measure a model
-  7. print: lines, transcripts, the strip of a run
+  7. print: lines, transcripts
   8. the command line
 
 Three measures of one policy, each on the same hands:
@@ -22,7 +22,6 @@ Shapes: B episodes in a batch, W new tokens of the longest, V vocabulary.
 
     python evaluate.py --ood --show 2 --model runs/rl-gp-l-s0/step-000007    cells, transcripts
     python evaluate.py --ood --run runs/sft-gp-l-s0                          every checkpoint
-    python evaluate.py --strip "10 A 2 J" --run runs/rival                   how it reads the jack
 
 Read before: sft.py. Read next: rl.py. On a first reading parts 2 and 3 are enough.
 """
@@ -31,7 +30,6 @@ import argparse
 import inspect
 import json
 import math
-import os
 import pathlib
 import sys
 from collections import Counter
@@ -599,19 +597,22 @@ def play_cell(backbone, games, temperature, max_new_tokens, batch, blindfold):
     return episodes
 
 
+def chosen_checkpoints(args):
+    """{step: folder} of the checkpoints of --run, of --steps if given. Raises Problem."""
+    found = {step: path for step, path in sft.checkpoints(args.run)
+             if not args.steps or step in args.steps}
+    missing = sorted(set(args.steps or ()) - set(found))
+    if missing or not found:
+        raise Problem(f"--run {args.run}: no checkpoint {missing or 'at all'} there")
+    return found
+
+
 def evaluate_run(args, cells):
     """Play every checkpoint of an SFT run; writes eval.jsonl there, goes on where it stopped.
 
     Only cells that a row lacks are played. Raises Problem if it was measured in another way.
     """
-    folder = pathlib.Path(args.run)
-    found = {step: path for step, path in sft.checkpoints(folder)
-             if not args.steps or step in args.steps}
-    missing = sorted(set(args.steps or ()) - set(found))
-    if missing or not found:
-        raise Problem(f"--run {folder}: no checkpoint {missing or 'at all'} there")
-    if args.strip:
-        return show_strip(args, found)
+    folder, found = pathlib.Path(args.run), chosen_checkpoints(args)
     how = {key: getattr(args, key) for key in (
         "hands", "tries", "temperature", "batch", "dtype", "max_new_tokens", "blindfold",
         "picture_size", "announce", "routes")}
@@ -693,40 +694,6 @@ def show_transcripts(episodes, count):
                 print(f"  model     {turn.text}\n  verifier  [{turn.reward:+.1f}] {said}")
 
 
-def show_strip(args, models):
-    """How models, {step: path}, read the first face card of --strip: a line each, JSON in --out.
-
-    p(11), say, and p(10): the expert's answer, cut behind this number, once as stated, once with 10
-    there; p is the product, at temperature 1, over the tokens in which the two texts differ. Where
-    digits are tokens both share a "1": p is then the second digit's. Raises Problem.
-    """
-    cards = tuple(args.strip.upper().replace(",", " ").split())
-    hand = gp_env.Hand(cards, (), gp_env.RULES["face"])
-    faces = [at for at, card in enumerate(cards) if card in ("J", "Q", "K")]
-    if (len(cards) != 4 or set(cards) - set(gp_env.RANKS) or not faces
-            or not gp_env.solvable(hand.numbers)):      # nothing right could be answered
-        raise Problem(f"--strip {args.strip}: give four cards that make 24, a J, Q or K among them")
-    *before, stated = hand.numbers[:faces[0] + 1]
-    texts = [gp_env.answer(hand, [*before, last], "").rpartition("]")[0] for last in (stated, 10)]
-    log = open(args.out or os.devnull, "w", buffering=1)                # a line at a time
-    print(f"  step  p({stated})  p(10)  greedy answer, or its end")
-    for step, path in models.items():
-        backbone = sft.open_backbone(args, path)
-        told = user_ids(backbone, gp_env.prompt(hand), first=True)
-        said = [told + sft.answer_ids(backbone, text)[:-1] for text in texts]
-        same = next(i for i, (one, other) in enumerate(zip(*said)) if one != other)
-        rows = [{"ids": ids, "mask": [0] * same + [1] * (len(ids) - same), "picture": None}
-                for ids in said]
-        p = [math.exp(-sum(row["mask"]) * sft.sft_loss(backbone, [row], 1, backward=False)[0])
-             for row in rows]                           # the loss is a mean over tokens
-        length, talk = sft.answer_length(backbone, args), Episode(None, "", pending=told)
-        (ids, _), = sample_answers(Reader(backbone, 1), [talk], 0.0, length, None)
-        text = backbone.tokenizer.decode([i for i in ids if i not in backbone.end_ids])
-        row = {"step": step, "stated": stated, "p_stated": p[0], "p_ten": p[1], "text": text}
-        log.write(json.dumps(row) + "\n")
-        print(f"{step or '-':>6}  {p[0]:5.3f}  {p[1]:5.3f}  {repr(text)[-70:]}")
-
-
 # -------- 8. Command line
 
 
@@ -745,13 +712,12 @@ def flags(argv=None):
     add("--batch", type=int, default=256, help="episodes at once (default 256; V-IRL: 64)")
     add("--blindfold", action="store_true", help="-vl: grey in place of every picture")
     add("--show", type=int, default=0, metavar="N", help="print N transcripts a cell")
-    add("--strip", metavar="HAND", help='gp-l: how the first face card of "10 A 2 J" is read')
     walks = {"hands": 180, "batch": 64}
     args = sft.parse_flags(parser, dict.fromkeys(("virl-l", "virl-vl"), walks), {}, argv)
     for cell in args.cells or ():
         if cell not in TASK_CELLS[args.task]:
             raise Problem(f"--cells {cell}: {args.task} has {', '.join(TASK_CELLS[args.task])}")
-    if args.run and not args.strip and (args.out or args.show):
+    if args.run and (args.out or args.show):
         raise Problem("--run writes eval.jsonl there: no --out; --show goes with --model")
     if args.steps and not args.run:
         raise Problem("--steps are checkpoints of a --run")
@@ -765,8 +731,6 @@ def main():
     cells = args.cells or (list(every) if args.ood else ["id"])
     if args.run:
         return evaluate_run(args, cells)
-    if args.strip:
-        return show_strip(args, {None: args.model})
     if args.out:
         open(args.out, "a").close()         # a path that fails, fails now
     print(f"{args.model} on {args.task}: {args.hands} episodes a cell")

@@ -44,7 +44,7 @@ from types import SimpleNamespace
 # Before torch loads: its threads are to sleep while they wait. Spinning would be 1/7 faster alone
 # and 4 times slower beside another program.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if pathlib.Path(sys.argv[0]).name in ("sft.py", "evaluate.py", "rl.py"):
+if pathlib.Path(sys.argv[0]).name in ("sft.py", "evaluate.py", "rl.py", "strip.py"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C among the imports: no traceback
     print("loading torch", flush=True)          # takes seconds: a first sign of life
 
@@ -967,7 +967,7 @@ def guarded(main):
         said = ("out of memory, try again: train with a lower --micro-batch or --grad-checkpoint, "
                 "and --resume; sample with a lower --batch, or --sample-batch and another --out")
     except KeyboardInterrupt:
-        more = "; --resume goes on" * (name != "evaluate.py")
+        more = "; --resume goes on" * (name not in ("evaluate.py", "strip.py"))
         print(f"\n{name}: stopped{more}", file=sys.stderr)
         return 130
     print(f"{name}: {said}", file=sys.stderr)
@@ -1032,7 +1032,6 @@ def parse_flags(parser, task_defaults, presets, argv=None):
         raise Problem("--picture-size: give width and height, from 128 64 to 4096 4096")
     fits = {"--picture-size": pictured(args.task) or not args.picture_size,
             "--no-announce": args.task == "virl-vl" or args.announce,
-            "--strip": args.task == "gp-l" or not getattr(args, "strip", None),
             "--blindfold": pictured(args.task) or not getattr(args, "blindfold", False),
             "--revise": args.task == "gp-l" or not getattr(args, "revise", 0),
             "--vary-rule": args.task.startswith("gp") or not getattr(args, "vary_rule", False),
