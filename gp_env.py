@@ -98,22 +98,21 @@ class Hand:
         return card_numbers(self.cards, self.rule)
 
 
-def deal(rng, rule="ten", face=False, suits="all", split="train", target=TARGET):
+def deal(rng, rule="ten", face=False, suits="all", split="train"):
     """Draw a solvable hand: four cards without replacement, redrawn until all conditions hold.
 
     rng: a numpy Generator. rule: of RULES, or three ints up to 13. face: at least one J, Q or K, as
     in the paper's rule OOD. suits: a key of SUITS. split: "train", "val", "test" or "all" (the
-    paper). Raises ValueError if no hand of 100,000 makes the target.
+    paper).
     """
     rule = RULES[rule] if isinstance(rule, str) else tuple(rule)
     deck = [(rank, suit) for suit in SUITS[suits] for rank in RANKS]
-    for _ in range(100_000):
+    while True:
         cards, drawn = zip(*(deck[i] for i in rng.choice(len(deck), 4, replace=False)))
-        hand = Hand(cards, drawn, rule, target)
+        hand = Hand(cards, drawn, rule)
         wanted = split in ("all", split_of(cards)) and (not face or set(cards) & set("JQK"))
-        if wanted and solvable(hand.numbers, target):
+        if wanted and solvable(hand.numbers):
             return hand
-    raise ValueError(f"no solvable hand found for target {target}")
 
 
 # -------- 3. The solver
@@ -245,23 +244,23 @@ class GeneralPoints:
     An observation is a dict: "text", the next user turn; "image", a picture or None;
     "new_conversation", True if everything said before is to be forgotten.
 
-    rule, face, suits, split, target: as in `deal`. tries: answers to a hand.
+    rule, face, suits, split: as in `deal`. tries: answers to a hand.
     scoring_rule: the `fake` probe: the prompt states `rule`, but this one is scored. Who has
     memorised it is paid, who reads is not.
     picture: (width, height) in pixels: the cards come as a picture with the first turn (GP-VL).
     fresh: after a failed try the first prompt comes again, as a new conversation, not the message.
     """
 
-    def __init__(self, rule="ten", face=False, suits="all", split="train", target=TARGET,
-                 tries=TRIES, scoring_rule=None, picture=None, fresh=False):
+    def __init__(self, rule="ten", face=False, suits="all", split="train", tries=TRIES,
+                 scoring_rule=None, picture=None, fresh=False):
         self.rule, self.face, self.suits, self.split = rule, face, suits, split
-        self.target, self.tries, self.scoring_rule = target, tries, scoring_rule
-        self.picture, self.fresh, self.image = picture, fresh, None
+        self.tries, self.scoring_rule, self.fresh = tries, scoring_rule, fresh
+        self.picture, self.image = picture, None
 
     def reset(self, seed=None):
         """Deal the hand of `seed`, an int or ints (None: any). Returns (observation, info)."""
         rng, self.used = np.random.default_rng(seed), 0
-        self.hand = deal(rng, self.rule, self.face, self.suits, self.split, self.target)
+        self.hand = deal(rng, self.rule, self.face, self.suits, self.split)
         if self.picture:
             self.image = draw_hand(self.hand, int(rng.integers(2**31)), self.picture)
         self.prompt = prompt(self.hand, pictured=bool(self.picture))
@@ -275,7 +274,7 @@ class GeneralPoints:
         numbers = self.hand.numbers
         if self.scoring_rule is not None:
             numbers = card_numbers(self.hand.cards, RULES[self.scoring_rule])
-        verdict = verify_gp(text, self.hand.cards, numbers, self.target, bool(self.picture))
+        verdict = verify_gp(text, self.hand.cards, numbers, picture=bool(self.picture))
         self.used += 1
         terminated = verdict.correct
         truncated = not terminated and self.used >= self.tries

@@ -694,11 +694,8 @@ def answer_length(backbone, args, tries=1):
     length = args.max_new_tokens or 8 * math.ceil(longest * 1.25 / 8)
     if length < longest:
         tqdm.write(f"--max-new-tokens {length} cuts off right answers of up to {longest} tokens")
-    # The model's length, or its window of attention. A message is shorter than an answer.
-    text = backbone.model.config.get_text_config()
-    windowed = getattr(text, "use_sliding_window", True)
-    limits = [text.max_position_embeddings, windowed and getattr(text, "sliding_window", None)]
-    limit = min(limit for limit in limits if limit)
+    limit = backbone.model.config.get_text_config().max_position_embeddings
+    # a message is shorter than an answer
     needed = max(len(row["ids"]) for row in rows) + 2 * tries * length
     if needed > limit:
         raise Problem(f"{needed} tokens needed, {limit} fit: lower --tries or --max-new-tokens")

@@ -171,18 +171,6 @@ def test_deal_honours_every_condition(rule, face, suits, split):
         assert {split_of(hand.cards) for hand in drawn} == {"train", "val", "test"}
 
 
-def test_deal_without_solution_says_so():
-    """Dealing for an impossible target never ends."""
-    class FourAces:
-        """A generator that always draws the same."""
-
-        def choice(self, *_, **__):
-            return 0, 13, 26, 39
-
-    with pytest.raises(ValueError, match="target"):
-        deal(FourAces(), split="all")
-
-
 def test_same_seed_same_hand():
     """A hand depends on what was dealt before: evaluations of two models play different hands."""
     first, second = (GeneralPoints(rule="face", face=True, split="test") for _ in range(2))
