@@ -793,10 +793,14 @@ def plot_map(folders, files, path):
     folders: runs of rl.py on gp-l that leave from checkpoints along one SFT run, measured at both
     ends. files: what distance.py wrote of those checkpoints and of the runs' ends. A blue line
     follows SFT, a red one leads from each checkpoint to where RL from there ends. Raises Problem
-    where runs of several seeds have distances: they have a start each.
+    where runs of several seeds have distances: they have a start each. Where no start of a run has
+    a distance, it is the common one: see `plot_arms`.
     """
-    far, runs = read_distances(files), [run for run in read_runs(folders, "gp-l")
-                                        if run.kind == "rl"]
+    far, every = read_distances(files), read_runs(folders, "gp-l")
+    runs = [run for run in every if run.kind == "rl"]
+    if not any("/".join(pathlib.Path(run.settings.get("init") or "").parts[-2:]).replace(
+               "*", str(run.seed)) in far for run in runs):
+        return plot_arms(name_arms(group(every)), far, path)
     places, seeds = [], set()       # places: (steps of SFT, row and distance before and after RL)
     for run in runs:
         first, last = run.rows[0], run.rows[-1]
@@ -831,6 +835,34 @@ def plot_map(folders, files, path):
         cells = [f"{before[key][0]:.1f}; {after[key][0]:.1f}" for key in MAP]
         levels = [100 * rate(row, "held-out/ood", "first_try") for row in (first, last)]
         print(f"| {steps} | " + " | ".join(cells) + " | {:.1f}; {:.1f} |".format(*levels))
+
+
+def plot_arms(arms, far, path):
+    """The ends of all arms, a dot for each seed: rule OOD against the distance from its start."""
+    panels, measure, lines = [], "first_try", {}
+    for key, title in MAP.items():
+        series = []
+        for arm in arms:
+            for seed, run in sorted(arm.runs.items()):
+                for row in run.rows:
+                    distance = far.get(f"{run.folder.name}/step-{row['step']:06d}")
+                    if not distance or rate(row, "held-out/ood", measure) is None:
+                        continue
+                    level = 100 * rate(row, "held-out/ood", measure)
+                    series.append({"label": arm.label, "colour": arm.colour,
+                                   "points": [(distance[key][0], *[level] * 3)]})
+                    lines.setdefault((arm.label, seed, row["step"]), [f"{level:.1f}"]).insert(
+                        -1, "{:.1f} +-{:.1f}".format(distance[key][0], 1.96 * distance[key][1]))
+        panels.append({"title": title, "x_label": "nats an answer", "y_label": "%",
+                       "series": series})
+    if not lines:
+        raise Problem("no run whose end distance.py has measured, by the folders' names")
+    draw_panels(panels, path, f"rule OOD, {HANDS[measure]}, by the distance from the start")
+    names = ["arm", "seed", "step", *MAP.values(), f"rule OOD, {HANDS[measure]}, %"]
+    print("| " + " | ".join(name.replace(" ||", ",") for name in names) + " |",
+          "|---" * len(names) + "|", sep="\n")
+    for place, cells in lines.items():
+        print("| " + " | ".join([*map(str, place), *cells]) + " |")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -538,6 +538,26 @@ def test_a_map_by_hand(tmp_path, monkeypatch, capsys):
                     "not what distance.py writes")
 
 
+def test_a_map_of_arms_by_hand(tmp_path, monkeypatch, capsys):
+    """Catches a seed at the distance of another, and arms that were not measured."""
+    far = []
+    for seed, level in ((0, 0.2), (1, 0.3)):
+        for kind, flags in (("rl", {"init": f"runs/start-s{seed}/step-000060"}),
+                            ("sft", {"model": f"runs/start-s{seed}/step-000060"})):
+            write_run(tmp_path / f"{kind}-s{seed}", kind, seed, {7: 0.5},
+                      more={"first_try": level + 0.1 * (kind == "sft")}, **flags)
+            far.append({"model": f"somewhere/{kind}-s{seed}/step-000007",
+                        "id start||policy": [1 + seed, 0.0], "ood start||policy": [3 + seed, 0.5]})
+    (tmp_path / "far.json").write_text(json.dumps(far[:3]))
+    code, printed, _ = shown(monkeypatch, capsys, plot, tmp_path, "--map", tmp_path / "far.json",
+                             "--out", tmp_path / "map.png")
+    assert code == 0 and Image.open(tmp_path / "map.png").width > 800
+    rows = [line for line in printed.splitlines() if line.startswith(("| SFT", "| RL"))]
+    assert rows == ["| SFT | 0 | 7 | 1.0 +-0.0 | 3.0 +-1.0 | 30.0 |",
+                    "| RL | 0 | 7 | 1.0 +-0.0 | 3.0 +-1.0 | 20.0 |",
+                    "| RL | 1 | 7 | 2.0 +-0.0 | 4.0 +-1.0 | 30.0 |"]
+
+
 def test_a_sheet_of_hands_has_rows_of_suits(tmp_path, monkeypatch, capsys):
     """Catches one picture many times, pictures that overlap, and red among the black."""
     out = tmp_path / "sheet.png"
