@@ -964,7 +964,7 @@ def guarded(main):
         said = ("out of memory, try again: train with a lower --micro-batch or --grad-checkpoint, "
                 "and --resume; sample with a lower --batch, or --sample-batch and another --out")
     except KeyboardInterrupt:
-        more = "; --resume goes on" * (name not in ("evaluate.py", "strip.py"))
+        more = "; --resume goes on" * (name in ("sft.py", "rl.py"))
         print(f"\n{name}: stopped{more}", file=sys.stderr)
         return 130
     print(f"{name}: {said}", file=sys.stderr)
