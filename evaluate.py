@@ -561,7 +561,7 @@ def cell_splits(cells, splits, task):
 
 def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temperature=0.6,
              batch=256, blindfold=False, **how):
-    """Play `count` hands or walks of each cell and split, twice.
+    """Play `count` hands or walks of each cell and split, twice (with one try: once).
 
     The second time tries know nothing of each other: "fresh", "fresh_interval" and "message" =
     success - fresh. batch: episodes played together. It changes the draws: compare models at the
@@ -573,9 +573,12 @@ def evaluate(backbone, cells, splits, count, max_new_tokens, task="gp-l", temper
     results, kept = {}, {}
     for cell, split in cell_splits(cells, splits, task):
         name = f"{SPLIT_NAMES[split]}/{cell}"
-        kept[name], apart = (play_cell(backbone, cell_environments(
-            cell, split, count, task, fresh=fresh, **how), *settings) for fresh in (False, True))
-        found, alone = judge(kept[name]), judge(apart)
+        # a single try has no others to know of: the second play would be the first once more
+        plays = [play_cell(backbone, cell_environments(
+            cell, split, count, task, fresh=fresh, **how), *settings)
+            for fresh in ((False, True) if how.get("tries") != 1 else (False,))]
+        kept[name] = plays[0]
+        found, alone = judge(plays[0]), judge(plays[-1])
         results[name] = found | {
             "fresh": alone["success"], "fresh_interval": alone["interval"],
             "message": found["success"] - alone["success"],

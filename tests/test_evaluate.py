@@ -600,6 +600,8 @@ def test_the_value_of_a_message_is_conversation_minus_fresh(tiny, monkeypatch):
     assert (found["success"], found["fresh"], found["message"]) == (1.0, 1.0, 0.0)
     assert found["first_try"] == (3 / 4 + 1 / 4) / 2
     assert len(seen) == 2
+    single = evaluate.evaluate(tiny, ["id"], ["test"], 4, 3, tries=1)[0]["held-out/id"]
+    assert len(seen) == 3 and single["message"] == 0        # one try: the second play is the first
 
 
 def test_every_checkpoint_of_a_run_is_played_once(tiny, tmp_path, monkeypatch, capsys):
